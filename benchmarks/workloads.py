@@ -1,0 +1,120 @@
+"""What the GPU benchmarks share: workloads, the arithmetic's floor, timing and the report."""
+
+from __future__ import annotations
+
+import json
+import platform
+import statistics
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+
+from mimo_audio_hf import MiMoAudioTokenizerConfig, MiMoAudioTokenizerModel, __version__
+
+
+# Clip lengths in seconds.
+WORKLOADS: dict[str, list[float]] = {
+    "64 clips of 2 to 10 s": [2 + 8 * ((i + 0.5) / 64) ** 0.882 for i in range(64)],
+    "1 clip of 10 s": [10.0],
+    "16 clips of 28 to 30 s": [28 + 2 * i / 15 for i in range(16)],
+}
+
+
+def mel_lengths(config: MiMoAudioTokenizerConfig, seconds: list[float]) -> list[int]:
+    return [1 + int(each * config.sampling_rate) // config.hop_length for each in seconds]
+
+
+def random_features(
+    config: MiMoAudioTokenizerConfig, lengths: list[int], device: str = "cuda", seed: int = 0
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Noise with about the level of log-mels: (clips, n_mels, frames) float32 and its mask."""
+    generator = torch.Generator(device).manual_seed(seed)
+    frames = max(lengths)
+    features = torch.randn(len(lengths), config.n_mels, frames, generator=generator, device=device) * 2 - 5
+    mask = torch.arange(frames, device=device) < torch.tensor(lengths, device=device)[:, None]
+    return features * mask[:, None], mask.long()
+
+
+def random_model(config: MiMoAudioTokenizerConfig, dtype: torch.dtype, seed: int = 0) -> MiMoAudioTokenizerModel:
+    torch.manual_seed(seed)
+    with torch.device("cuda"):
+        return MiMoAudioTokenizerModel(config).to(dtype).eval()
+
+
+def floor_flops(config: MiMoAudioTokenizerConfig, mels: list[int]) -> tuple[float, float]:
+    """Floating-point operations of encode and decode for clips of these mel frames, without any padding.
+
+    Counted: the layers' products, attention over each clip (half of it where causal), the convolutions, the codebooks'
+    products and the vocoder's linear layers.
+    """
+    d, k = config.d_model, config.kernel_size
+    frames = [(mel - 1) // config.stride_size + 1 for mel in mels]
+    codes = [-(-frame // config.avg_pooler) for frame in frames]
+
+    def layers(number: int, dim: int, ffn: int, lengths: list[int]) -> float:
+        return number * 2 * (4 * dim**2 + 2 * dim * ffn) * sum(lengths)
+
+    def attention(number: int, lengths: list[int], causal: bool) -> float:
+        return number * 4 * d * sum(length**2 for length in lengths) / (2 if causal else 1)
+
+    encode = layers(config.encoder_layers, d, config.encoder_ffn_dim, frames)
+    encode += attention(config.encoder_layers, frames, config.encoder_causal)
+    encode += 2 * k * (config.n_mels * d * sum(mels) + d * d * sum(frames))
+    encode += 2 * d * sum(codes) * (config.avg_pooler * d + sum(config.codebook_sizes))
+
+    frames = [config.avg_pooler * code for code in codes]
+    mel_frames = config.decoder_stride_size * sum(frames)
+    decode = layers(config.decoder_layers, d, config.decoder_ffn_dim, frames)
+    decode += attention(config.decoder_layers, frames, config.decoder_causal)
+    decode += 2 * config.avg_pooler * d * d * sum(codes)
+    decode += 2 * config.decoder_kernel_size * d * config.n_mels * sum(frames)
+    decode += layers(config.vocoder_num_layers, config.vocoder_dim, config.vocoder_intermediate_dim, [mel_frames])
+    decode += 2 * config.vocoder_dim * (config.n_mels + config.nfft + 2) * mel_frames
+    return encode, decode
+
+
+def seconds_of(function: Callable[[], Any], repeats: int = 20, warmup: int = 5) -> float:
+    """Median of `repeats` runs, by CUDA events."""
+    for _ in range(warmup):
+        function()
+    times = []
+    for _ in range(repeats):
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        start.record()
+        function()
+        end.record()
+        end.synchronize()
+        times.append(start.elapsed_time(end) / 1000)
+    return statistics.median(times)
+
+
+def measured_ceiling(size: int = 8192) -> float:
+    """FLOP/s of a bfloat16 product of random square matrices: the rate that the floor is counted at."""
+    a, b = (torch.randn(size, size, device="cuda", dtype=torch.bfloat16) for _ in range(2))
+    return 2 * size**3 / seconds_of(lambda: a @ b)
+
+
+def report(name: str, results: dict[str, Any], output: Path | None) -> None:
+    """Prints the results as JSON and writes them beside what they were measured on."""
+    document = {
+        "benchmark": name,
+        "command": " ".join(["python", *sys.argv]),
+        "device": torch.cuda.get_device_name(),
+        "versions": {
+            "mimo_audio_hf": __version__,
+            "python": platform.python_version(),
+            "torch": torch.__version__,
+            "transformers": transformers.__version__,
+            "cuda": torch.version.cuda,
+        },
+        "results": results,
+    }
+    text = json.dumps(document, indent=2)
+    print(text)
+    if output is not None:
+        output.parent.mkdir(parents=True, exist_ok=True)
+        output.write_text(text + "\n")

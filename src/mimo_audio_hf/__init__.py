@@ -1,0 +1,29 @@
+"""MiMo-Audio-Tokenizer in the Hugging Face ecosystem.
+
+Importing this package registers the tokenizer's classes with transformers' `AutoConfig`, `AutoModel`,
+`AutoModelForAudioTokenization` and `AutoFeatureExtractor`.
+"""
+
+from transformers import AutoConfig, AutoFeatureExtractor, AutoModel, AutoModelForAudioTokenization
+
+from . import kernels as kernels  # offers its attention backend to the model
+from .audio import load_audio, save_audio
+from .configuration_mimo_audio_tokenizer import MiMoAudioTokenizerConfig
+from .feature_extraction_mimo_audio_tokenizer import MiMoAudioTokenizerFeatureExtractor
+from .modeling_mimo_audio_tokenizer import MiMoAudioTokenizerModel
+from .version import __version__
+
+
+AutoConfig.register(MiMoAudioTokenizerConfig.model_type, MiMoAudioTokenizerConfig)
+AutoFeatureExtractor.register(MiMoAudioTokenizerConfig, MiMoAudioTokenizerFeatureExtractor)
+AutoModel.register(MiMoAudioTokenizerConfig, MiMoAudioTokenizerModel)
+AutoModelForAudioTokenization.register(MiMoAudioTokenizerConfig, MiMoAudioTokenizerModel)
+
+__all__ = [
+    "MiMoAudioTokenizerConfig",
+    "MiMoAudioTokenizerFeatureExtractor",
+    "MiMoAudioTokenizerModel",
+    "__version__",
+    "load_audio",
+    "save_audio",
+]

@@ -1,0 +1,1495 @@
+# Copyright 2026 The mimo-audio-hf authors. Licensed under the Apache License, Version 2.0.
+"""The MiMo-Audio tokenizer (arXiv 2512.23808): log-mel spectrograms to residual codes, and codes to waveforms.
+
+Everything inside runs on packed clips: tensors of shape (total_frames, dim) in which the clips of a batch stand end
+to end, with [`PackedSequences`] saying where each one lies. There is no padding that could leak into a clip's result,
+and none that costs time. Padded tensors exist only at the edges, in `encode`, `decode` and `forward`.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import nn
+from torch.nn.attention.varlen import varlen_attn
+from transformers import initialization as init
+from transformers.activations import ACT2FN
+from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers.modeling_utils import AttentionInterface, PreTrainedAudioTokenizerBase
+from transformers.utils import ModelOutput, can_return_tuple, logging
+
+from .configuration_mimo_audio_tokenizer import MiMoAudioTokenizerConfig
+from .feature_extraction_mimo_audio_tokenizer import MiMoAudioTokenizerFeatureExtractor
+
+
+logger = logging.get_logger(__name__)
+
+Window = tuple[int, int]
+
+
+# --- Packed clips ---
+
+
+@dataclass(frozen=True)
+class PackedSequences:
+    """Where the clips of a batch lie in a (total_frames, ...) tensor.
+
+    Attributes:
+        cu_seqlens (`torch.Tensor` of shape `(clips + 1,)`, int32): First frame of each clip, then the total.
+        max_seqlen (`int`): Frames of the longest clip, or more.
+        position_ids (`torch.Tensor` of shape `(total_frames,)`): Each frame's place in its clip, from 0.
+        sequence_ids (`torch.Tensor` of shape `(total_frames,)`): Each frame's clip.
+    """
+
+    cu_seqlens: torch.Tensor
+    max_seqlen: int
+    position_ids: torch.Tensor
+    sequence_ids: torch.Tensor
+
+    @classmethod
+    def from_lengths(cls, lengths: Sequence[int], device: torch.device | str | None = None) -> PackedSequences:
+        """Sequences of the given lengths, in frames; from the host, so that no layer has to ask the GPU for them."""
+        cu_seqlens = F.pad(torch.tensor(lengths).cumsum(0, dtype=torch.int32), (1, 0)).to(device)
+        frames = torch.arange(sum(lengths), device=device, dtype=torch.int32)
+        sequence_ids = torch.searchsorted(cu_seqlens[1:], frames, right=True)
+        return cls(cu_seqlens, max(lengths), frames - cu_seqlens[sequence_ids], sequence_ids)
+
+    def to(self, device: torch.device | str, non_blocking: bool = False) -> PackedSequences:
+        return _dataclass_to(self, device, non_blocking)
+
+    def __len__(self) -> int:
+        return self.cu_seqlens.shape[0] - 1
+
+    @property
+    def total(self) -> int:
+        return self.position_ids.shape[0]
+
+    @property
+    def lengths(self) -> torch.Tensor:
+        return self.cu_seqlens.diff()
+
+    @property
+    def mask(self) -> torch.Tensor:
+        """(clips, max_seqlen) bool, True where a padded tensor holds a clip's frame."""
+        return torch.arange(self.max_seqlen, device=self.cu_seqlens.device) < self.lengths[:, None]
+
+    @property
+    def padded_index(self) -> torch.Tensor:
+        """(clips, max_seqlen): the packed row of each padded frame; padding points one past the last row."""
+        rows = self.cu_seqlens[:-1, None] + torch.arange(self.max_seqlen, device=self.cu_seqlens.device)
+        return torch.where(self.mask, rows, self.total)
+
+    def pad(self, packed: torch.Tensor) -> torch.Tensor:
+        """(total_frames, ...) to (clips, max_seqlen, ...), zeros past each clip's end."""
+        return _gather_rows(packed, self.padded_index)
+
+    def unpad(self, padded: torch.Tensor) -> torch.Tensor:
+        """(clips, frames, ...) to (total_frames, ...). Padding is never read."""
+        return padded[self.sequence_ids, self.position_ids]
+
+    def conv_index(self, outputs: PackedSequences, kernel: int, stride: int, padding: int) -> torch.Tensor:
+        """(outputs.total, kernel): the input row under each tap; taps outside a clip point one past the last row."""
+        taps = torch.arange(-padding, kernel - padding, device=self.cu_seqlens.device)
+        start, end = self._bounds(outputs.sequence_ids[:, None])
+        row = outputs.position_ids[:, None] * stride + start + taps
+        return torch.where((row >= start) & (row < end), row, self.total)
+
+    def conv_transpose_index(
+        self, outputs: PackedSequences, kernel: int, stride: int, offset: int = 0
+    ) -> torch.Tensor:
+        """(outputs.total, ceil(kernel / stride)): for each output frame the rows of the (total * kernel, ...) products
+        that add up to it, one past the last row where there is none. `offset` frames are cut from each clip's start.
+        """
+        steps = torch.arange(-(-kernel // stride), device=self.cu_seqlens.device)
+        position = outputs.position_ids[:, None] + offset
+        start, end = self._bounds(outputs.sequence_ids[:, None])
+        row, tap = position // stride + start - steps, position % stride + steps * stride
+        inside = (tap < kernel) & (row >= start) & (row < end)
+        return torch.where(inside, row * kernel + tap, self.total * kernel)
+
+    def _bounds(self, clips: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        return self.cu_seqlens[:-1][clips], self.cu_seqlens[1:][clips]
+
+    def mean(self, rows: torch.Tensor) -> torch.Tensor:
+        """Mean of one number a frame (total_frames,) over each clip, (clips,)."""
+        return self.pad(rows).sum(1) / self.lengths
+
+
+@dataclass(frozen=True)
+class MiMoAudioTokenizerEncoderLayout:
+    """Everything about the lengths of a batch that the encoder needs; see [`MiMoAudioTokenizerModel.encoder_layout`].
+
+    `mel`, `frames` and `codes` are the clips at 100, 50 and 25 Hz; the rest are the convolutions' gather indices.
+    """
+
+    mel: PackedSequences
+    frames: PackedSequences
+    codes: PackedSequences
+    conv1_index: torch.Tensor
+    conv2_index: torch.Tensor
+    pool_index: torch.Tensor
+
+    def to(self, device: torch.device | str, non_blocking: bool = False) -> MiMoAudioTokenizerEncoderLayout:
+        return _dataclass_to(self, device, non_blocking)
+
+
+@dataclass(frozen=True)
+class MiMoAudioTokenizerDecoderLayout:
+    """Everything about the lengths of a batch that the decoder needs; see [`MiMoAudioTokenizerModel.decoder_layout`].
+
+    `codes`, `frames` and `mel` are the clips at 25, 50 and 100 Hz and `uncut` the mel frames before the transposed
+    convolution's tail is cut (`cut_index`). `audio` counts in blocks of samples that divide hop and window;
+    `audio_index` says which pieces of STFT frames overlap in a block.
+    """
+
+    codes: PackedSequences
+    frames: PackedSequences
+    uncut: PackedSequences
+    mel: PackedSequences
+    audio: PackedSequences
+    dconv1_index: torch.Tensor
+    dconv2_index: torch.Tensor
+    cut_index: torch.Tensor
+    audio_index: torch.Tensor
+
+    def to(self, device: torch.device | str, non_blocking: bool = False) -> MiMoAudioTokenizerDecoderLayout:
+        return _dataclass_to(self, device, non_blocking)
+
+
+def _dataclass_to(instance: Any, device: torch.device | str, non_blocking: bool) -> Any:
+    moved = {}
+    for field in fields(instance):
+        value = getattr(instance, field.name)
+        moved[field.name] = value.to(device, non_blocking=non_blocking) if hasattr(value, "to") else value
+    return type(instance)(**moved)
+
+
+def _gather_rows(rows: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
+    """`rows[index]`, where an index one past the last row gives zeros."""
+    return torch.cat([rows, rows.new_zeros(1, *rows.shape[1:])])[index]
+
+
+class PackedConv1d(nn.Conv1d):
+    """1D convolution over packed clips, as one matrix product over gathered taps."""
+
+    def forward(self, hidden_states: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
+        taps = _gather_rows(hidden_states, index).flatten(1)
+        return F.linear(taps, self.weight.transpose(1, 2).flatten(1), self.bias)
+
+
+class PackedConvTranspose1d(nn.ConvTranspose1d):
+    """1D transposed convolution over packed clips: one matrix product, then the overlapping products' sum."""
+
+    def forward(self, hidden_states: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
+        products = F.linear(hidden_states, self.weight.permute(2, 1, 0).flatten(0, 1))
+        products = products.view(-1, self.out_channels)
+        return _gather_rows(products, index).sum(1) + self.bias
+
+
+class PackedGroupNorm(nn.GroupNorm):
+    """Group normalization with one group: statistics over all channels and frames of each clip, in float32."""
+
+    def forward(self, hidden_states: torch.Tensor, sequences: PackedSequences) -> torch.Tensor:
+        x = hidden_states.float()
+        centered = x - sequences.mean(x.mean(-1))[sequences.sequence_ids, None]
+        variance = sequences.mean(centered.square().mean(-1))
+        scale = (variance + self.eps).rsqrt()[sequences.sequence_ids, None]
+        return (centered * scale * self.weight + self.bias).to(hidden_states.dtype)
+
+
+# --- Attention over packed clips ---
+
+
+class BandedMask(NamedTuple):
+    """Attention within a bounded window, as dense attention of short query blocks to the keys around them."""
+
+    key_index: torch.Tensor  # (blocks, keys): packed rows
+    mask: torch.Tensor  # (blocks, 1, queries, keys), bool
+
+
+# Queries a block: long enough to keep the kernels busy, short enough to waste little on keys outside the window.
+BAND_BLOCK = 128
+
+
+def _in_window(distance: torch.Tensor, window: Window) -> torch.Tensor:
+    """Whether a key at `distance` frames from its query is seen; -1 in the window is unbounded."""
+    left, right = window
+    seen = torch.ones_like(distance, dtype=torch.bool)
+    if left >= 0:
+        seen &= distance >= -left
+    if right >= 0:
+        seen &= distance <= right
+    return seen
+
+
+def padded_mask(sequences: PackedSequences, window: Window) -> torch.Tensor:
+    """(clips, 1, queries, keys) bool. A padded query sees itself, so that no softmax is over nothing."""
+    position = torch.arange(sequences.max_seqlen, device=sequences.cu_seqlens.device)
+    distance = position - position[:, None]
+    return _in_window(distance, window) & sequences.mask[:, None, None, :] | (distance == 0)
+
+
+def banded_mask(sequences: PackedSequences, window: Window) -> BandedMask:
+    left, right = window
+    device = sequences.cu_seqlens.device
+    total = sequences.total
+    blocks = torch.arange(-(-total // BAND_BLOCK), device=device)[:, None] * BAND_BLOCK
+    query = blocks + torch.arange(BAND_BLOCK, device=device)
+    key = blocks + torch.arange(-left, BAND_BLOCK + right, device=device)
+    query_row, key_row = query.clamp(max=total - 1), key.clamp(0, total - 1)
+    clip = sequences.sequence_ids
+    mask = _in_window(key[:, None, :] - query[:, :, None], window)
+    mask &= ((key >= 0) & (key < total))[:, None, :]
+    mask &= clip[key_row][:, None, :] == clip[query_row][:, :, None]
+    mask |= (query >= total)[:, :, None]
+    return BandedMask(key_row, mask[:, None])
+
+
+def sdpa_mask(sequences: PackedSequences, window: Window) -> torch.Tensor | BandedMask | None:
+    if min(window) >= 0 and sum(window) + BAND_BLOCK < sequences.max_seqlen:
+        return banded_mask(sequences, window)
+    if window in ((-1, -1), (-1, 0)) and sequences.total == len(sequences) * sequences.max_seqlen:
+        return None
+    return padded_mask(sequences, window)
+
+
+def eager_attention_forward(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor,
+    scaling: float,
+    sequences: PackedSequences,
+    window: Window,
+) -> torch.Tensor:
+    query, key, value = (sequences.pad(states).transpose(1, 2) for states in (query, key, value))
+    weights = (query @ key.transpose(2, 3) * scaling).masked_fill(~attention_mask, -math.inf)
+    weights = weights.softmax(-1, dtype=torch.float32).to(value.dtype)
+    return sequences.unpad((weights @ value).transpose(1, 2))
+
+
+def sdpa_attention_forward(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | BandedMask | None,
+    scaling: float,
+    sequences: PackedSequences,
+    window: Window,
+) -> torch.Tensor:
+    if isinstance(attention_mask, BandedMask):
+        key_index, mask = attention_mask
+        total = query.shape[0]
+        query = F.pad(query, (0, 0, 0, 0, 0, -total % BAND_BLOCK)).unflatten(0, (-1, BAND_BLOCK))
+        query, key, value = (states.transpose(1, 2) for states in (query, key[key_index], value[key_index]))
+        output = F.scaled_dot_product_attention(query, key, value, attn_mask=mask, scale=scaling)
+        return output.transpose(1, 2).flatten(0, 1)[:total]
+    if attention_mask is None:
+        # Clips of one length: padded and packed are the same tensor.
+        query, key, value = (
+            states.unflatten(0, (len(sequences), -1)).transpose(1, 2) for states in (query, key, value)
+        )
+        output = F.scaled_dot_product_attention(query, key, value, is_causal=window[1] == 0, scale=scaling)
+        return output.transpose(1, 2).flatten(0, 1)
+    query, key, value = (sequences.pad(states).transpose(1, 2) for states in (query, key, value))
+    output = F.scaled_dot_product_attention(query, key, value, attn_mask=attention_mask, scale=scaling)
+    return sequences.unpad(output.transpose(1, 2))
+
+
+def torch_varlen_attention_forward(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: None,
+    scaling: float,
+    sequences: PackedSequences,
+    window: Window,
+) -> torch.Tensor:
+    """PyTorch's own FlashAttention over packed clips (CUDA, float16 or bfloat16)."""
+    cu_seqlens, max_seqlen = sequences.cu_seqlens, sequences.max_seqlen
+    return varlen_attn(
+        query, key, value, cu_seqlens, cu_seqlens, max_seqlen, max_seqlen, scale=scaling, window_size=window
+    )
+
+
+def flash_attention_forward(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: None,
+    scaling: float,
+    sequences: PackedSequences,
+    window: Window,
+) -> torch.Tensor:
+    """The flash-attn package over packed clips (CUDA, float16 or bfloat16)."""
+    from flash_attn import flash_attn_varlen_func
+
+    cu_seqlens, max_seqlen = sequences.cu_seqlens, sequences.max_seqlen
+    return flash_attn_varlen_func(
+        query,
+        key,
+        value,
+        cu_seqlens_q=cu_seqlens,
+        cu_seqlens_k=cu_seqlens,
+        max_seqlen_q=max_seqlen,
+        max_seqlen_k=max_seqlen,
+        softmax_scale=scaling,
+        causal=window == (-1, 0),
+        window_size=window,
+    )
+
+
+def apply_rotary(
+    query: torch.Tensor, key: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Half-split rotation of queries and keys (total_frames, heads, head_dim)."""
+
+    def rotate(states: torch.Tensor) -> torch.Tensor:
+        first, second = states.chunk(2, dim=-1)
+        return torch.cat(
+            [torch.addcmul(first * cos, second, sin, value=-1), torch.addcmul(second * cos, first, sin)], dim=-1
+        )
+
+    return rotate(query), rotate(key)
+
+
+class AttentionBackend(NamedTuple):
+    """How an `attn_implementation` computes attention over packed clips."""
+
+    attend: Callable[..., torch.Tensor]
+    # What `attend` takes as its attention_mask, made once a call for each window.
+    make_mask: Callable[[PackedSequences, Window], Any] | None = None
+    rotary: Callable[..., tuple[torch.Tensor, torch.Tensor]] = apply_rotary
+    # Whether it takes float16 and bfloat16 on CUDA and nothing else.
+    half_precision_on_cuda: bool = False
+    # Whether the model may choose it by itself; asked where the model runs.
+    is_default: Callable[[], bool] = lambda: False
+
+
+ATTENTION_BACKENDS: dict[str, AttentionBackend] = {}
+
+
+def register_attention(name: str, attend: Callable[..., torch.Tensor], **kwargs: Any) -> None:
+    """Adds an attention backend under a name that `attn_implementation` accepts; the last default one is preferred."""
+    ATTENTION_BACKENDS[name] = AttentionBackend(attend, **kwargs)
+    # transformers accepts the names that it knows. Its own functions under its own names stay what they are.
+    if name not in ("eager", *AttentionInterface().valid_keys()):
+        AttentionInterface.register(name, attend)
+
+
+register_attention("eager", eager_attention_forward, make_mask=padded_mask)
+register_attention("sdpa", sdpa_attention_forward, make_mask=sdpa_mask)
+register_attention("flash_attention_2", flash_attention_forward, half_precision_on_cuda=True)
+register_attention(
+    "torch_varlen", torch_varlen_attention_forward, half_precision_on_cuda=True, is_default=lambda: True
+)
+
+
+def _rotary_embedding(
+    position_ids: torch.Tensor, head_dim: int, theta: float, weight_dtype: torch.dtype, dtype: torch.dtype
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Cosines and sines (total_frames, 1, head_dim // 2) in `dtype`, computed in float32.
+
+    A half-precision model rounds the inverse frequencies to its weights' dtype, as `model.bfloat16()` does upstream.
+    """
+    exponents = torch.arange(0, head_dim, 2, device=position_ids.device).float() / head_dim
+    frequencies = (1.0 / theta**exponents).to(weight_dtype).float()
+    angles = position_ids.float()[:, None, None] * frequencies
+    return angles.cos().to(dtype), angles.sin().to(dtype)
+
+
+class MiMoAudioTokenizerAttention(nn.Module):
+    """Multi-head self-attention of each clip to itself, within a window of (left, right) frames."""
+
+    def __init__(self, dim: int, num_heads: int, causal: bool, window: Sequence[int]) -> None:
+        super().__init__()
+        self.head_dim = dim // num_heads
+        self.scaling = self.head_dim**-0.5
+        self.window: Window = (window[0], 0 if causal else window[1])
+        self.q_proj = nn.Linear(dim, dim)
+        self.k_proj = nn.Linear(dim, dim, bias=False)
+        self.v_proj = nn.Linear(dim, dim)
+        self.out_proj = nn.Linear(dim, dim)
+
+    def forward(
+        self,
+        hidden_states: torch.Tensor,
+        position_embeddings: tuple[torch.Tensor, torch.Tensor],
+        attention_masks: dict[Window, Any],
+        sequences: PackedSequences,
+        backend: AttentionBackend,
+    ) -> torch.Tensor:
+        query, key, value = (
+            projection(hidden_states).unflatten(-1, (-1, self.head_dim))
+            for projection in (self.q_proj, self.k_proj, self.v_proj)
+        )
+        query, key = backend.rotary(query, key, *position_embeddings)
+        output = backend.attend(
+            query,
+            key,
+            value,
+            attention_mask=attention_masks[self.window],
+            scaling=self.scaling,
+            sequences=sequences,
+            window=self.window,
+        )
+        return self.out_proj(output.flatten(1))
+
+
+# --- Transformer layers ---
+
+
+def _norm(config: MiMoAudioTokenizerConfig, dim: int) -> nn.Module:
+    return nn.RMSNorm(dim, eps=1e-6) if config.ln_type == "RMSNorm" else nn.LayerNorm(dim, eps=1e-5)
+
+
+class MiMoAudioTokenizerLayer(GradientCheckpointingLayer):
+    """Pre-norm transformer layer."""
+
+    def __init__(
+        self,
+        config: MiMoAudioTokenizerConfig,
+        dim: int,
+        num_heads: int,
+        ffn_dim: int,
+        causal: bool,
+        window: Sequence[int],
+    ) -> None:
+        super().__init__()
+        self.self_attn = MiMoAudioTokenizerAttention(dim, num_heads, causal, window)
+        self.self_attn_layer_norm = _norm(config, dim)
+        self.activation_fn = ACT2FN[config.activation_function]
+        self.fc1 = nn.Linear(dim, ffn_dim)
+        self.fc2 = nn.Linear(ffn_dim, dim)
+        self.final_layer_norm = _norm(config, dim)
+
+    def forward(self, hidden_states: torch.Tensor, **attention_kwargs: Any) -> torch.Tensor:
+        hidden_states = hidden_states + self.self_attn(self.self_attn_layer_norm(hidden_states), **attention_kwargs)
+        feed_forward = self.fc2(self.activation_fn(self.fc1(self.final_layer_norm(hidden_states))))
+        hidden_states = hidden_states + feed_forward
+        if hidden_states.dtype in (torch.float16, torch.bfloat16):
+            # Unconditionally: looking for infinities first, as upstream does, would make every layer wait for the GPU.
+            limit = torch.finfo(hidden_states.dtype).max - 1000
+            hidden_states = hidden_states.clamp(-limit, limit)
+        return hidden_states
+
+
+class MiMoAudioTokenizerStack(nn.Module):
+    """Base of encoder, decoder and vocoder: `layers` and a final `layer_norm` over packed clips."""
+
+    def __init__(
+        self,
+        config: MiMoAudioTokenizerConfig,
+        dim: int,
+        num_heads: int,
+        ffn_dim: int,
+        causal: bool,
+        windows: Iterable[Sequence[int]],
+    ) -> None:
+        super().__init__()
+        self.config = config
+        self.layers = nn.ModuleList(
+            MiMoAudioTokenizerLayer(config, dim, num_heads, ffn_dim, causal, window) for window in windows
+        )
+        self.layer_norm = _norm(config, dim)
+
+    def run_layers(
+        self,
+        hidden_states: torch.Tensor,
+        sequences: PackedSequences,
+        backend: AttentionBackend,
+        all_hidden_states: list[torch.Tensor] | None = None,
+        skip_layer_id: int | None = None,
+    ) -> torch.Tensor:
+        """All layers in order, the skip connection from layer `skip_layer_id` (counted from 1) and the final norm.
+
+        The input and every layer's output are appended to `all_hidden_states` where that is given.
+        """
+        attention = self.layers[0].self_attn
+        position_embeddings = _rotary_embedding(
+            sequences.position_ids,
+            attention.head_dim,
+            self.config.rope_theta,
+            self.layer_norm.weight.dtype,
+            hidden_states.dtype,
+        )
+        windows = dict.fromkeys(layer.self_attn.window for layer in self.layers)
+        attention_masks = {
+            window: backend.make_mask(sequences, window) if backend.make_mask else None for window in windows
+        }
+        skip = None
+        for number, layer in enumerate(self.layers, start=1):
+            if all_hidden_states is not None:
+                all_hidden_states.append(hidden_states)
+            hidden_states = layer(
+                hidden_states,
+                position_embeddings=position_embeddings,
+                attention_masks=attention_masks,
+                sequences=sequences,
+                backend=backend,
+            )
+            if number == skip_layer_id:
+                skip = hidden_states
+        if all_hidden_states is not None:
+            all_hidden_states.append(hidden_states)
+        if skip is not None:
+            hidden_states = hidden_states + skip
+        return self.layer_norm(hidden_states)
+
+
+# --- Residual vector quantizer ---
+
+
+class MiMoAudioTokenizerCodebook(nn.Module):
+    """One codebook: nearest entry by Euclidean distance; in training a moving average of what it quantizes.
+
+    The buffers are upstream's: `embed` (the entries), `cluster_size` and `embed_avg` (moving counts and sums of the
+    vectors that chose an entry) and `inited` (whether k-means has set the entries).
+    """
+
+    decay = 0.99
+    epsilon = 1e-5
+    kmeans_iterations = 50
+
+    def __init__(self, codebook_size: int, dim: int, threshold_ema_dead_code: float) -> None:
+        super().__init__()
+        self.threshold_ema_dead_code = threshold_ema_dead_code
+        self.register_buffer("inited", torch.zeros(1))
+        self.register_buffer("cluster_size", torch.zeros(codebook_size))
+        self.register_buffer("embed", torch.empty(codebook_size, dim))
+        self.register_buffer("embed_avg", torch.empty(codebook_size, dim))
+
+    def entries(self, dtype: torch.dtype) -> torch.Tensor:
+        """The entries in float32, rounded to the model's dtype first: a bfloat16 model has bfloat16 codebooks."""
+        return self.embed.to(dtype).float()
+
+    @staticmethod
+    def nearest(x: torch.Tensor, entries: torch.Tensor) -> torch.Tensor:
+        """Index (n,) of the entry nearest to each float32 vector (n, dim); the first one on a tie."""
+        return torch.addmm(entries.square().sum(-1), x, entries.t(), alpha=-2).argmin(-1)
+
+    @torch.no_grad()
+    def initialize(self, x: torch.Tensor) -> None:
+        """K-means over the first training batch of all processes, unless the entries are set already."""
+        if self.inited.item():
+            return
+        size = self.embed.shape[0]
+        means = _sample_rows(x, size)
+        for _ in range(self.kmeans_iterations):
+            counts, sums = self._count(x, self.nearest(x, means))
+            means = torch.where(counts[:, None] > 0, sums / counts.clamp(min=1)[:, None], means)
+        counts, _ = self._count(x, self.nearest(x, means))
+        self.embed.copy_(means)
+        self.cluster_size.copy_(counts)
+        self.embed_avg.copy_(means * counts[:, None])
+        self.inited.fill_(1)
+
+    @torch.no_grad()
+    def update(self, x: torch.Tensor, codes: torch.Tensor) -> None:
+        """Moves the entries toward the vectors (n, dim) that chose them, alike in all processes; revives dead ones.
+
+        Upstream replaces dead entries before the update, which overwrites them; here they come back after it, with
+        statistics that say they are worth keeping for a while.
+        """
+        counts, sums = self._count(x, codes)
+        self.cluster_size.lerp_(counts.to(self.cluster_size.dtype), 1 - self.decay)
+        self.embed_avg.lerp_(sums.to(self.embed_avg.dtype), 1 - self.decay)
+        total = self.cluster_size.sum()
+        smoothed = (self.cluster_size + self.epsilon) / (total + self.cluster_size.numel() * self.epsilon) * total
+        self.embed.copy_(self.embed_avg / smoothed[:, None])
+        threshold = self.threshold_ema_dead_code
+        if threshold > 0:
+            dead = self.cluster_size < threshold
+            revived = _sample_rows(x, dead.numel()).to(self.embed.dtype)
+            self.embed.copy_(torch.where(dead[:, None], revived, self.embed))
+            self.embed_avg.copy_(torch.where(dead[:, None], threshold * revived, self.embed_avg))
+            self.cluster_size.masked_fill_(dead, threshold)
+
+    def _count(self, x: torch.Tensor, codes: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """How many vectors chose each entry, and their sum, over all processes."""
+        size = self.embed.shape[0]
+        counts = torch.bincount(codes, minlength=size).to(x.dtype)
+        sums = x.new_zeros(size, x.shape[1]).index_add_(0, codes, x)
+        if dist.is_available() and dist.is_initialized():
+            dist.all_reduce(counts)
+            dist.all_reduce(sums)
+        return counts, sums
+
+
+def _sample_rows(x: torch.Tensor, size: int) -> torch.Tensor:
+    """`size` random rows of x (n, dim), repeated where n is smaller; the first process's in every process."""
+    rows = torch.randperm(x.shape[0], device=x.device).repeat(-(-size // x.shape[0]))[:size]
+    sample = x[rows].contiguous()
+    if dist.is_available() and dist.is_initialized():
+        dist.broadcast(sample, src=0)
+    return sample
+
+
+class MiMoAudioTokenizerVectorQuantization(nn.Module):
+    """Holds a codebook under upstream's name."""
+
+    def __init__(self, codebook_size: int, dim: int, threshold_ema_dead_code: float) -> None:
+        super().__init__()
+        self._codebook = MiMoAudioTokenizerCodebook(codebook_size, dim, threshold_ema_dead_code)
+
+
+class MiMoAudioTokenizerResidualVectorQuantization(nn.Module):
+    """Holds the codebooks under upstream's name."""
+
+    def __init__(self, config: MiMoAudioTokenizerConfig) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(
+            MiMoAudioTokenizerVectorQuantization(size, config.d_model, config.threshold_ema_dead_code)
+            for size in config.codebook_sizes
+        )
+
+
+class MiMoAudioTokenizerResidualVectorQuantizer(nn.Module):
+    """Residual vector quantizer: each codebook quantizes what the ones before it left over. Always in float32."""
+
+    def __init__(self, config: MiMoAudioTokenizerConfig) -> None:
+        super().__init__()
+        self.vq = MiMoAudioTokenizerResidualVectorQuantization(config)
+
+    @property
+    def codebooks(self) -> list[MiMoAudioTokenizerCodebook]:
+        return [layer._codebook for layer in self.vq.layers]
+
+    @torch.no_grad()
+    def encode(self, features: torch.Tensor, num_quantizers: int, dtype: torch.dtype) -> torch.Tensor:
+        """Features (n, dim) of a model in `dtype` to codes (n, num_quantizers) int64."""
+        with torch.autocast(features.device.type, enabled=False):
+            residual = features.float()
+            codes = []
+            for codebook in self.codebooks[:num_quantizers]:
+                entries = codebook.entries(dtype)
+                codes.append(codebook.nearest(residual, entries))
+                residual = residual - F.embedding(codes[-1], entries)
+        return torch.stack(codes, dim=-1)
+
+    def decode(self, codes: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+        """Codes (n, Q) to the sum (n, dim) of their entries, float32, for a model in `dtype`."""
+        codebooks = self.codebooks[: codes.shape[-1]]
+        table = torch.cat([codebook.entries(dtype) for codebook in codebooks])
+        # Made on the device: a tensor from the host would have to be waited for.
+        sizes = torch.cat([codes.new_full((1,), codebook.embed.shape[0]) for codebook in codebooks])
+        return F.embedding_bag(codes + sizes.cumsum(0) - sizes, table, mode="sum")
+
+    def forward(
+        self, features: torch.Tensor, num_quantizers: int, dtype: torch.dtype
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Quantized features (n, dim) float32, codes (n, num_quantizers) and the commitment loss.
+
+        In training mode the quantized features pass their gradient straight through to `features` and the codebooks
+        move. As upstream: the straight-through residual is not detached, so only the first codebook's share of the
+        commitment loss reaches the features.
+        """
+        if not self.training:
+            codes = self.encode(features, num_quantizers, dtype)
+            return self.decode(codes, dtype), codes, features.new_zeros((), dtype=torch.float32)
+        codes, losses = [], []
+        with torch.autocast(features.device.type, enabled=False):
+            residual = features.float()
+            quantized = torch.zeros_like(residual)
+            for codebook in self.codebooks[:num_quantizers]:
+                vectors = residual.detach()
+                codebook.initialize(vectors)
+                entries = codebook.entries(dtype)
+                codes.append(codebook.nearest(vectors, entries))
+                chosen = F.embedding(codes[-1], entries)
+                losses.append(F.mse_loss(residual, chosen))
+                codebook.update(vectors, codes[-1])
+                passed = residual + (chosen - residual).detach()
+                quantized = quantized + passed
+                residual = residual - passed
+        return quantized, torch.stack(codes, dim=-1), torch.stack(losses).mean()
+
+
+# --- Encoder and decoder ---
+
+
+class MiMoAudioTokenizerEncoder(MiMoAudioTokenizerStack):
+    """Log-mel frames at 100 Hz to features at 25 Hz, ready to be quantized."""
+
+    def __init__(self, config: MiMoAudioTokenizerConfig) -> None:
+        windows = [config.encoder_attn_window_size] * config.encoder_layers
+        if config.hybrid_attention:
+            period = config.swa_per_block
+            windows = [window if i % period < period - 1 else (-1, -1) for i, window in enumerate(windows)]
+        super().__init__(
+            config,
+            config.d_model,
+            config.encoder_attention_heads,
+            config.encoder_ffn_dim,
+            config.encoder_causal,
+            windows,
+        )
+        dim, kernel, pooler = config.d_model, config.kernel_size, config.avg_pooler
+        self.conv1 = PackedConv1d(config.n_mels, dim, kernel, padding=1)
+        self.conv2 = PackedConv1d(dim, dim, kernel, stride=config.stride_size, padding=1)
+        # Upstream's down_sample_layer is a Sequential of this convolution and a GELU.
+        self.down_sample_layer = nn.ModuleList([PackedConv1d(dim, dim, pooler, stride=pooler, bias=False)])
+        self.down_sample_norm = _norm(config, dim)
+        self.quantizer = MiMoAudioTokenizerResidualVectorQuantizer(config)
+
+    def frame_lengths(self, lengths: Sequence[int]) -> list[int]:
+        """Mel frames to the layers' frames."""
+        return [(length + 2 - self.config.kernel_size) // self.config.stride_size + 1 for length in lengths]
+
+    def code_lengths(self, lengths: Sequence[int]) -> list[int]:
+        """Mel frames to code frames."""
+        return [-(-length // self.config.avg_pooler) for length in self.frame_lengths(lengths)]
+
+    def layout(
+        self, lengths: Sequence[int], device: torch.device | str | None = None
+    ) -> MiMoAudioTokenizerEncoderLayout:
+        kernel, stride, pooler = self.config.kernel_size, self.config.stride_size, self.config.avg_pooler
+        mel, frames, codes = (
+            PackedSequences.from_lengths(each, device)
+            for each in (lengths, self.frame_lengths(lengths), self.code_lengths(lengths))
+        )
+        return MiMoAudioTokenizerEncoderLayout(
+            mel=mel,
+            frames=frames,
+            codes=codes,
+            conv1_index=mel.conv_index(mel, kernel, stride=1, padding=1),
+            conv2_index=mel.conv_index(frames, kernel, stride, padding=1),
+            pool_index=frames.conv_index(codes, pooler, stride=pooler, padding=0),
+        )
+
+    def forward(
+        self,
+        input_features: torch.Tensor,
+        layout: MiMoAudioTokenizerEncoderLayout,
+        backend: AttentionBackend,
+        all_hidden_states: list[torch.Tensor] | None = None,
+    ) -> torch.Tensor:
+        """Packed log-mel frames (total_frames, n_mels) to features (total_codes, d_model)."""
+        hidden_states = F.gelu(self.conv1(input_features, layout.conv1_index))
+        hidden_states = F.gelu(self.conv2(hidden_states, layout.conv2_index))
+        hidden_states = self.run_layers(
+            hidden_states, layout.frames, backend, all_hidden_states, self.config.encoder_skip_layer_id
+        )
+        hidden_states = F.gelu(self.down_sample_layer[0](hidden_states, layout.pool_index))
+        return self.down_sample_norm(hidden_states)
+
+
+class MiMoAudioTokenizerUpsample(nn.Module):
+    """Transposed convolution and group norm."""
+
+    def __init__(self, in_channels: int, out_channels: int, kernel_size: int, stride: int) -> None:
+        super().__init__()
+        self.conv = PackedConvTranspose1d(in_channels, out_channels, kernel_size, stride=stride)
+        self.norm = PackedGroupNorm(1, out_channels)
+
+    def forward(self, hidden_states: torch.Tensor, index: torch.Tensor, outputs: PackedSequences) -> torch.Tensor:
+        return self.norm(self.conv(hidden_states, index), outputs)
+
+
+class MiMoAudioTokenizerISTFT(nn.Module):
+    """Inverse STFT with "same" padding, in float32 whatever the model's dtype."""
+
+    def __init__(self, config: MiMoAudioTokenizerConfig) -> None:
+        super().__init__()
+        self.n_fft = config.nfft
+        # Samples that divide hop, window and what "same" padding cuts: overlap-add moves blocks of them, not samples.
+        self.cut = (config.nfft - config.hop_length) // 2
+        self.block = math.gcd(config.nfft, config.hop_length, self.cut)
+        # Kept for upstream's files. A half-precision model would round it, so the window is computed where it is used.
+        self.register_buffer("window", torch.hann_window(config.nfft))
+
+    def forward(self, spectrum: torch.Tensor, layout: MiMoAudioTokenizerDecoderLayout) -> torch.Tensor:
+        """Packed complex spectrum (total_frames, n_fft // 2 + 1) to samples (total_blocks, block)."""
+        window = torch.hann_window(self.n_fft, device=spectrum.device)
+        frames = torch.fft.irfft(spectrum, self.n_fft) * window
+        samples = _gather_rows(frames.view(-1, self.block), layout.audio_index).sum(1)
+        # The squared windows overlap as the frames do; row n of a frame's pieces holds the window's piece n % pieces.
+        pieces = window.square().view(-1, self.block)
+        inside = layout.audio_index < frames.numel() // self.block
+        taps = torch.where(inside, layout.audio_index % pieces.shape[0], pieces.shape[0])
+        return samples / _gather_rows(pieces, taps).sum(1)
+
+
+class MiMoAudioTokenizerISTFTHead(nn.Module):
+    """Hidden states to log-magnitudes and phases, and those to samples."""
+
+    # Largest magnitude of a spectrum's bin, as upstream has it.
+    max_magnitude = 100.0
+
+    def __init__(self, config: MiMoAudioTokenizerConfig) -> None:
+        super().__init__()
+        self.out = nn.Linear(config.vocoder_dim, config.nfft + 2)
+        self.istft = MiMoAudioTokenizerISTFT(config)
+
+    def forward(self, hidden_states: torch.Tensor, layout: MiMoAudioTokenizerDecoderLayout) -> torch.Tensor:
+        log_magnitude, phase = self.out(hidden_states).float().chunk(2, dim=-1)
+        spectrum = torch.polar(log_magnitude.exp().clamp(max=self.max_magnitude), phase)
+        return self.istft(spectrum, layout)
+
+
+class MiMoAudioTokenizerVocoder(MiMoAudioTokenizerStack):
+    """Vocos with transformer layers: frames at 100 Hz to samples."""
+
+    def __init__(self, config: MiMoAudioTokenizerConfig) -> None:
+        super().__init__(
+            config,
+            config.vocoder_dim,
+            config.vocoder_attention_heads,
+            config.vocoder_intermediate_dim,
+            causal=False,
+            windows=[config.vocoder_attn_window_size] * config.vocoder_num_layers,
+        )
+        self.embeddings = nn.Linear(config.n_mels, config.vocoder_dim, bias=False)
+        self.head = MiMoAudioTokenizerISTFTHead(config)
+
+    def forward(
+        self, mel: torch.Tensor, layout: MiMoAudioTokenizerDecoderLayout, backend: AttentionBackend
+    ) -> torch.Tensor:
+        """Packed frames (total_frames, n_mels) to samples (total_blocks, block), float32."""
+        hidden_states = self.run_layers(self.embeddings(mel), layout.mel, backend)
+        return self.head(hidden_states, layout)
+
+
+class MiMoAudioTokenizerDecoder(MiMoAudioTokenizerStack):
+    """Quantized features at 25 Hz to samples."""
+
+    def __init__(self, config: MiMoAudioTokenizerConfig) -> None:
+        super().__init__(
+            config,
+            config.d_model,
+            config.decoder_attention_heads,
+            config.decoder_ffn_dim,
+            config.decoder_causal,
+            [config.decoder_attn_window_size] * config.decoder_layers,
+        )
+        dim = config.d_model
+        self.dconv1 = MiMoAudioTokenizerUpsample(dim, dim, config.avg_pooler, config.avg_pooler)
+        self.dconv2 = MiMoAudioTokenizerUpsample(
+            dim, config.n_mels, config.decoder_kernel_size, config.decoder_stride_size
+        )
+        self.vocoder = MiMoAudioTokenizerVocoder(config)
+
+    def layout(
+        self, lengths: Sequence[int], device: torch.device | str | None = None
+    ) -> MiMoAudioTokenizerDecoderLayout:
+        config = self.config
+        pooler, kernel, stride = config.avg_pooler, config.decoder_kernel_size, config.decoder_stride_size
+        frames_of = [length * pooler for length in lengths]
+        uncut_of = [(length - 1) * stride + kernel for length in frames_of]
+        mel_of = [length * stride for length in frames_of]
+        istft = self.vocoder.head.istft
+        pieces, blocks_a_hop = config.nfft // istft.block, config.hop_length // istft.block
+        audio_of = [length * blocks_a_hop for length in mel_of]
+        codes, frames, uncut, mel, audio = (
+            PackedSequences.from_lengths(each, device) for each in (lengths, frames_of, uncut_of, mel_of, audio_of)
+        )
+        return MiMoAudioTokenizerDecoderLayout(
+            codes=codes,
+            frames=frames,
+            uncut=uncut,
+            mel=mel,
+            audio=audio,
+            dconv1_index=codes.conv_transpose_index(frames, pooler, pooler),
+            dconv2_index=frames.conv_transpose_index(uncut, kernel, stride),
+            cut_index=uncut.cu_seqlens[mel.sequence_ids] + mel.position_ids,
+            audio_index=mel.conv_transpose_index(audio, pieces, blocks_a_hop, offset=istft.cut // istft.block),
+        )
+
+    def forward(
+        self,
+        features: torch.Tensor,
+        layout: MiMoAudioTokenizerDecoderLayout,
+        backend: AttentionBackend,
+        all_hidden_states: list[torch.Tensor] | None = None,
+    ) -> torch.Tensor:
+        """Packed quantized features (total_codes, d_model) to samples (total_blocks, block), float32."""
+        hidden_states = self.dconv1(features, layout.dconv1_index, layout.frames)
+        hidden_states = self.run_layers(hidden_states, layout.frames, backend, all_hidden_states)
+        mel = self.dconv2(hidden_states, layout.dconv2_index, layout.uncut)[layout.cut_index]
+        return self.vocoder(mel, layout, backend)
+
+
+# --- The model ---
+
+
+@dataclass
+class MiMoAudioTokenizerEncoderOutput(ModelOutput):
+    r"""
+    audio_codes (`torch.LongTensor` of shape `(batch_size, num_quantizers, code_frames)`):
+        Codes; zero past each clip's end. Packed input gives `(total_codes, num_quantizers)`.
+    audio_codes_mask (`torch.LongTensor` of shape `(batch_size, code_frames)`, padded input only):
+        1 for a clip's codes, 0 for padding.
+    latents (`torch.Tensor` of shape `(batch_size, code_frames, d_model)`, with `output_latents=True`):
+        Features before quantization, with gradient. Packed input gives `(total_codes, d_model)`.
+    hidden_states (`tuple` of tensors `(batch_size, frames, d_model)`, with `output_hidden_states=True`):
+        The encoder layers' input and every layer's output, at 50 Hz. Packed input gives `(total_frames, d_model)`.
+    """
+
+    audio_codes: torch.LongTensor | None = None
+    audio_codes_mask: torch.LongTensor | None = None
+    latents: torch.FloatTensor | None = None
+    hidden_states: tuple[torch.FloatTensor, ...] | None = None
+
+
+@dataclass
+class MiMoAudioTokenizerDecoderOutput(ModelOutput):
+    r"""
+    audio_values (`torch.FloatTensor` of shape `(batch_size, 1, samples_per_frame * code_frames)`):
+        Waveforms, float32, zero past each clip's end. Packed input gives `(total_samples,)`.
+    audio_lengths (`torch.LongTensor` of shape `(batch_size,)`): Samples of each clip.
+    hidden_states (`tuple` of tensors `(batch_size, frames, d_model)`, with `output_hidden_states=True`):
+        The decoder layers' input and every layer's output, at 50 Hz. Packed input gives `(total_frames, d_model)`.
+    """
+
+    audio_values: torch.FloatTensor | None = None
+    audio_lengths: torch.LongTensor | None = None
+    hidden_states: tuple[torch.FloatTensor, ...] | None = None
+
+
+@dataclass
+class MiMoAudioTokenizerOutput(ModelOutput):
+    r"""
+    loss (`torch.FloatTensor` of shape `()`, in training mode): Sum of the two below.
+    commitment_loss (`torch.FloatTensor` of shape `()`, in training mode):
+        Mean squared distance of the residuals to the entries chosen for them, averaged over the codebooks.
+    reconstruction_loss (`torch.FloatTensor` of shape `()`, in training mode):
+        Mean absolute difference of the waveforms' log-mels to `input_features`.
+    audio_codes, audio_codes_mask, latents, hidden_states:
+        As in [`MiMoAudioTokenizerEncoderOutput`].
+    audio_values, audio_lengths: As in [`MiMoAudioTokenizerDecoderOutput`].
+    decoder_hidden_states: The decoder's `hidden_states`.
+    """
+
+    loss: torch.FloatTensor | None = None
+    commitment_loss: torch.FloatTensor | None = None
+    reconstruction_loss: torch.FloatTensor | None = None
+    audio_codes: torch.LongTensor | None = None
+    audio_codes_mask: torch.LongTensor | None = None
+    audio_values: torch.FloatTensor | None = None
+    audio_lengths: torch.LongTensor | None = None
+    latents: torch.FloatTensor | None = None
+    hidden_states: tuple[torch.FloatTensor, ...] | None = None
+    decoder_hidden_states: tuple[torch.FloatTensor, ...] | None = None
+
+
+class MiMoAudioTokenizerPreTrainedModel(PreTrainedAudioTokenizerBase):
+    """Weight initialization, loading and attention backends."""
+
+    config: MiMoAudioTokenizerConfig
+    config_class = MiMoAudioTokenizerConfig
+    base_model_prefix = "mimo_audio_tokenizer"
+    main_input_name = "input_features"
+    input_modalities = ("audio",)
+    supports_gradient_checkpointing = True
+    _no_split_modules = ["MiMoAudioTokenizerLayer"]
+    _supports_sdpa = True
+    _supports_flash_attn = True
+    _supports_attention_backend = True
+    _can_compile_fullgraph = True
+
+    def _init_weights(self, module: nn.Module) -> None:
+        std = self.config.initializer_range
+        if isinstance(module, (nn.Linear, nn.Conv1d, nn.ConvTranspose1d)):
+            init.normal_(module.weight, mean=0.0, std=std)
+            if module.bias is not None:
+                init.zeros_(module.bias)
+        elif isinstance(module, (nn.LayerNorm, nn.RMSNorm, nn.GroupNorm)):
+            init.ones_(module.weight)
+            if getattr(module, "bias", None) is not None:
+                init.zeros_(module.bias)
+        elif isinstance(module, MiMoAudioTokenizerCodebook):
+            init.normal_(module.embed, mean=0.0, std=std)
+            init.copy_(module.embed_avg, module.embed)
+            init.zeros_(module.cluster_size)
+            init.zeros_(module.inited)
+        elif isinstance(module, MiMoAudioTokenizerISTFT):
+            init.copy_(module.window, torch.hann_window(module.n_fft))
+
+    @classmethod
+    def _can_set_attn_implementation(cls) -> bool:
+        return True
+
+
+class MiMoAudioTokenizerModel(MiMoAudioTokenizerPreTrainedModel):
+    r"""
+    The MiMo-Audio tokenizer.
+
+    Example:
+
+    ```python
+    >>> from mimo_audio_hf import MiMoAudioTokenizerFeatureExtractor, MiMoAudioTokenizerModel, load_audio
+
+    >>> model = MiMoAudioTokenizerModel.from_pretrained("XiaomiMiMo/MiMo-Audio-Tokenizer")
+    >>> feature_extractor = MiMoAudioTokenizerFeatureExtractor.from_pretrained("XiaomiMiMo/MiMo-Audio-Tokenizer")
+    >>> inputs = feature_extractor(load_audio("speech.wav"), sampling_rate=24000)
+    >>> audio_codes = model.encode(**inputs).audio_codes  # (1, 20, frames)
+    >>> audio_values = model.decode(audio_codes).audio_values  # (1, 1, 960 * frames)
+    ```
+    """
+
+    def __init__(self, config: MiMoAudioTokenizerConfig) -> None:
+        self._default_attn_implementation = config._attn_implementation is None
+        super().__init__(config)
+        self._frozen = False
+        self.encoder = MiMoAudioTokenizerEncoder(config)
+        self.decoder = MiMoAudioTokenizerDecoder(config) if config.has_decoder else None
+        self.post_init()
+
+    # --- Loading ---
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: Any, *args: Any, **kwargs: Any) -> Any:
+        """As transformers', but nothing is silently repaired and no pickle is loaded.
+
+        A checkpoint without any decoder tensor (the `audio_tokenizer` folders of MiMo-V2's repositories, reached with
+        `subfolder="audio_tokenizer"`) gives a model that only encodes; its tensors outside `encoder.` are ignored.
+
+        Raises:
+            ValueError: tensors are missing, unexpected or of another shape (named; `ignore_mismatched_sizes=True`
+                lets the last pass), or the weights are a pickle.
+        """
+        if pretrained_model_name_or_path is None:  # a state dict that the caller has in memory
+            return super().from_pretrained(None, *args, **kwargs)
+        _refuse_pickle(Path(pretrained_model_name_or_path, kwargs.get("subfolder") or ""))
+        output_loading_info = kwargs.pop("output_loading_info", False)
+        allow_mismatched = kwargs.pop("ignore_mismatched_sizes", False)
+        model, info = super().from_pretrained(
+            pretrained_model_name_or_path,
+            *args,
+            **{**kwargs, "use_safetensors": True},
+            ignore_mismatched_sizes=True,
+            output_loading_info=True,
+        )
+        missing, unexpected = set(info["missing_keys"]), set(info["unexpected_keys"])
+        decoder_keys = {key for key in model.state_dict() if key.startswith("decoder.")}
+        if model.decoder is None or decoder_keys <= missing:
+            logger.info(f"{pretrained_model_name_or_path} holds no decoder: the model encodes only")
+            model.decoder = None
+            model.config.has_decoder = False
+            missing -= decoder_keys
+            unexpected = {key for key in unexpected if key.startswith("encoder.")}
+        problems = [f"missing tensor {key}" for key in sorted(missing)]
+        problems += [f"unexpected tensor {key}" for key in sorted(unexpected)]
+        if not allow_mismatched:
+            problems += [
+                f"tensor {key} has shape {tuple(found)} instead of {tuple(expected)}"
+                for key, found, expected in sorted(info["mismatched_keys"])
+            ]
+        if problems:
+            more = f" and {len(problems) - 20} more" if len(problems) > 20 else ""
+            raise ValueError(
+                f"{pretrained_model_name_or_path} does not hold a checkpoint of this configuration: "
+                + "; ".join(problems[:20])
+                + more
+            )
+        return (model, info) if output_loading_info else model
+
+    # --- Attention backends ---
+
+    @property
+    def attn_implementation(self) -> str:
+        """The attention backend that the next call uses.
+
+        What was asked for with `attn_implementation=` or `set_attn_implementation`; by default the best one for where
+        the model is. In half precision on an NVIDIA GPU from compute capability 8.0 that is `"torch_varlen"`, or
+        `"triton_varlen"` where the package offers its kernels; elsewhere it is `"sdpa"`.
+        """
+        if not self._default_attn_implementation:
+            return self.config._attn_implementation
+        weight = self.encoder.conv1.weight
+        dtype = weight.dtype
+        if torch.is_autocast_enabled(weight.device.type):
+            dtype = torch.get_autocast_dtype(weight.device.type)
+        return _best_attn_implementation(weight.device, dtype)
+
+    def set_attn_implementation(self, attn_implementation: str | dict[str, str], *args: Any, **kwargs: Any) -> None:
+        super().set_attn_implementation(attn_implementation, *args, **kwargs)
+        self._default_attn_implementation = False
+
+    def get_correct_attn_implementation(self, requested_attention: str | None, is_init_check: bool = False) -> str:
+        if requested_attention is not None and requested_attention not in ATTENTION_BACKENDS:
+            raise ValueError(
+                f'Specified `attn_implementation="{requested_attention}"` is not supported; '
+                f"accepted: {', '.join(ATTENTION_BACKENDS)}"
+            )
+        return super().get_correct_attn_implementation(requested_attention, is_init_check)
+
+    def _attention_backend(self) -> AttentionBackend:
+        name = self.attn_implementation
+        backend = ATTENTION_BACKENDS[name]
+        weight = self.encoder.conv1.weight
+        if backend.half_precision_on_cuda and not (
+            weight.device.type == "cuda"
+            and (weight.dtype in (torch.float16, torch.bfloat16) or torch.is_autocast_enabled("cuda"))
+        ):
+            raise ValueError(
+                f"attn_implementation={name!r} with a model in {weight.dtype} on {weight.device}; accepted: "
+                "float16 or bfloat16 on CUDA. Use attn_implementation='sdpa' elsewhere"
+            )
+        return backend
+
+    # --- Modes ---
+
+    def freeze(self) -> MiMoAudioTokenizerModel:
+        """No gradients and evaluation mode for good: also when a surrounding model is put into training mode."""
+        self._frozen = True
+        self.requires_grad_(False)
+        return self.eval()
+
+    def train(self, mode: bool = True) -> MiMoAudioTokenizerModel:
+        return super().train(mode and not self._frozen)
+
+    # --- Lengths ---
+
+    def encoder_layout(self, lengths: Sequence[int]) -> MiMoAudioTokenizerEncoderLayout:
+        """What `encode(packed_features, layout=...)` takes for clips of these lengths in mel frames."""
+        return self.encoder.layout(_check_lengths(lengths), self.encoder.conv1.weight.device)
+
+    def decoder_layout(self, lengths: Sequence[int]) -> MiMoAudioTokenizerDecoderLayout:
+        """What `decode(packed_codes, layout=...)` takes for clips of these lengths in code frames."""
+        decoder = self._require_decoder()
+        return decoder.layout(_check_lengths(lengths), decoder.dconv1.conv.weight.device)
+
+    def get_audio_codes_mask(self, attention_mask: torch.Tensor) -> torch.Tensor:
+        """Mask of the codes (batch_size, code_frames) that belongs to a mask of mel frames (batch_size, frames)."""
+        frames = torch.stack([attention_mask.sum(-1), torch.full_like(attention_mask[:, 0], attention_mask.shape[1])])
+        frames = (frames + 2 - self.config.kernel_size) // self.config.stride_size + 1
+        lengths, padded = (frames + self.config.avg_pooler - 1) // self.config.avg_pooler
+        positions = torch.arange(int(padded[0]), device=attention_mask.device)
+        return (positions < lengths[:, None]).to(attention_mask.dtype)
+
+    # --- The three methods ---
+
+    @can_return_tuple
+    def encode(
+        self,
+        input_features: torch.Tensor,
+        attention_mask: torch.Tensor | None = None,
+        num_quantizers: int | None = None,
+        output_latents: bool = False,
+        output_hidden_states: bool | None = None,
+        layout: MiMoAudioTokenizerEncoderLayout | None = None,
+    ) -> MiMoAudioTokenizerEncoderOutput:
+        r"""
+        Log-mel spectrograms to codes. Each clip's codes are those it has alone, whatever stands beside it and whatever
+        its padding holds.
+
+        Args:
+            input_features (`torch.Tensor` of shape `(batch_size, n_mels, frames)`):
+                Log-mel spectrograms as [`MiMoAudioTokenizerFeatureExtractor`] makes them; with `layout`, packed:
+                `(total_frames, n_mels)`.
+            attention_mask (`torch.Tensor` of shape `(batch_size, frames)`, *optional*):
+                1 for a clip's frames, 0 for padding after them. All frames count by default.
+            num_quantizers (`int`, *optional*): How many codebooks to use, from the first; all by default.
+            output_latents (`bool`): Also return the features before quantization.
+            output_hidden_states (`bool`, *optional*): Also return the encoder layers' outputs.
+            layout ([`MiMoAudioTokenizerEncoderLayout`], *optional*):
+                Lengths of packed input, from `encoder_layout`. Nothing is checked then and nothing waits for the GPU,
+                and the call compiles with `fullgraph=True`.
+
+        Returns:
+            [`MiMoAudioTokenizerEncoderOutput`]
+
+        Raises:
+            ValueError: wrong shape or dtype, NaN or infinite features, a mask that is not a prefix of ones, or more
+                codebooks than the model has.
+        """
+        num_quantizers = self._check_num_quantizers(num_quantizers)
+        packed = layout is not None
+        if layout is None:
+            lengths = self._check_features(input_features, attention_mask)
+            input_features, layout = self._pack_features(input_features, lengths)
+        hidden_states = [] if self._wants_hidden_states(output_hidden_states) else None
+        features = self._encode_features(input_features, layout, hidden_states)
+        output = MiMoAudioTokenizerEncoderOutput(
+            audio_codes=self.encoder.quantizer.encode(features, num_quantizers, self._weight_dtype),
+            latents=features if output_latents else None,
+            hidden_states=None if hidden_states is None else tuple(hidden_states),
+        )
+        return output if packed else _pad_encoder_output(output, layout)
+
+    @can_return_tuple
+    def decode(
+        self,
+        audio_codes: torch.Tensor,
+        audio_codes_mask: torch.Tensor | None = None,
+        output_hidden_states: bool | None = None,
+        layout: MiMoAudioTokenizerDecoderLayout | None = None,
+    ) -> MiMoAudioTokenizerDecoderOutput:
+        r"""
+        Codes to waveforms. Each clip's waveform is the one it has alone.
+
+        Args:
+            audio_codes (`torch.Tensor` of shape `(batch_size, num_quantizers, code_frames)`, integer):
+                Codes of the first codebooks, as many as there are; with `layout`, packed:
+                `(total_codes, num_quantizers)`.
+            audio_codes_mask (`torch.Tensor` of shape `(batch_size, code_frames)`, *optional*):
+                1 for a clip's codes, 0 for padding after them, whose codes are not read. All count by default.
+            output_hidden_states (`bool`, *optional*): Also return the decoder layers' outputs.
+            layout ([`MiMoAudioTokenizerDecoderLayout`], *optional*):
+                Lengths of packed input, from `decoder_layout`. Nothing is checked then and nothing waits for the GPU,
+                and the call compiles with `fullgraph=True`; see `check_codes`.
+
+        Returns:
+            [`MiMoAudioTokenizerDecoderOutput`]
+
+        Raises:
+            ValueError: wrong shape or dtype, codes out of range for their codebook, more codebooks than the model has,
+                a mask that is not a prefix of ones, or a model without decoder.
+        """
+        self._require_decoder()
+        packed = layout is not None
+        if layout is None:
+            audio_codes, layout = self._pack_codes(audio_codes, audio_codes_mask)
+        features = self.encoder.quantizer.decode(audio_codes.long(), self._weight_dtype)
+        hidden_states = [] if self._wants_hidden_states(output_hidden_states) else None
+        output = self._decode_features(features, layout, hidden_states)
+        return output if packed else _pad_decoder_output(output, layout)
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_features: torch.Tensor,
+        attention_mask: torch.Tensor | None = None,
+        num_quantizers: int | None = None,
+        output_latents: bool = False,
+        output_hidden_states: bool | None = None,
+    ) -> MiMoAudioTokenizerOutput:
+        r"""
+        Encodes and decodes. In training mode the decoder's gradient passes straight through the quantizer, the
+        codebooks move (unless `model.encoder` is in evaluation mode), and the losses are returned.
+
+        Args:
+            input_features, attention_mask, num_quantizers, output_latents, output_hidden_states: As in `encode`.
+
+        Returns:
+            [`MiMoAudioTokenizerOutput`]
+
+        Raises:
+            ValueError: as `encode`; or the model has no decoder.
+        """
+        self._require_decoder()
+        num_quantizers = self._check_num_quantizers(num_quantizers)
+        lengths = self._check_features(input_features, attention_mask)
+        input_features, layout = self._pack_features(input_features, lengths)
+        wants_hidden_states = self._wants_hidden_states(output_hidden_states)
+        hidden_states, decoder_hidden_states = ([], []) if wants_hidden_states else (None, None)
+        features = self._encode_features(input_features, layout, hidden_states)
+        quantizer = self.encoder.quantizer
+        quantized, codes, commitment_loss = quantizer(features, num_quantizers, self._weight_dtype)
+        encoded = MiMoAudioTokenizerEncoderOutput(
+            audio_codes=codes,
+            latents=features if output_latents else None,
+            hidden_states=None if hidden_states is None else tuple(hidden_states),
+        )
+        encoded = _pad_encoder_output(encoded, layout)
+        decoder_layout = self.decoder_layout(self.encoder.code_lengths(lengths))
+        decoded = _pad_decoder_output(
+            self._decode_features(quantized, decoder_layout, decoder_hidden_states), decoder_layout
+        )
+        losses = {}
+        if self.training:
+            reconstruction_loss = self._reconstruction_loss(decoded.audio_values, input_features, lengths)
+            losses = {
+                "loss": reconstruction_loss + commitment_loss,
+                "commitment_loss": commitment_loss,
+                "reconstruction_loss": reconstruction_loss,
+            }
+        return MiMoAudioTokenizerOutput(
+            **losses,
+            audio_values=decoded.audio_values,
+            audio_lengths=decoded.audio_lengths,
+            decoder_hidden_states=decoded.hidden_states,
+            **encoded,
+        )
+
+    # --- Between the edges and the packed core ---
+
+    @property
+    def _weight_dtype(self) -> torch.dtype:
+        return self.encoder.conv1.weight.dtype
+
+    def _wants_hidden_states(self, output_hidden_states: bool | None) -> bool:
+        return self.config.output_hidden_states if output_hidden_states is None else output_hidden_states
+
+    def _require_decoder(self) -> MiMoAudioTokenizerDecoder:
+        if self.decoder is None:
+            raise ValueError(
+                f"{self.config.name_or_path or 'this model'} holds an encoder only (as MiMo-V2's audio tokenizers "
+                "do): it encodes, but cannot decode"
+            )
+        return self.decoder
+
+    def _check_num_quantizers(self, num_quantizers: int | None) -> int:
+        if num_quantizers is None:
+            return self.config.num_quantizers
+        if not 1 <= num_quantizers <= self.config.num_quantizers:
+            raise ValueError(f"num_quantizers={num_quantizers}; accepted: 1 to {self.config.num_quantizers}")
+        return num_quantizers
+
+    def check_codes(self, audio_codes: torch.Tensor) -> None:
+        """Raises a ValueError that names the codebook where packed codes (total_codes, Q) are out of range."""
+        sizes = torch.tensor(self.config.codebook_sizes[: audio_codes.shape[-1]], device=audio_codes.device)
+        outside = ((audio_codes < 0) | (audio_codes >= sizes)).any(0)
+        if outside.any():
+            book = int(outside.nonzero()[0])
+            low, high = audio_codes[:, book].aminmax()
+            raise ValueError(
+                f"audio_codes hold {int(low)} to {int(high)} for codebook {book} (counted from 0); "
+                f"accepted: 0 to {int(sizes[book]) - 1}"
+            )
+
+    def _check_features(self, input_features: torch.Tensor, attention_mask: torch.Tensor | None) -> list[int]:
+        """Lengths of the clips in mel frames."""
+        n_mels = self.config.n_mels
+        shape = tuple(input_features.shape)
+        if len(shape) != 3 or shape[1] != n_mels or 0 in shape:
+            raise ValueError(f"input_features have shape {shape}; accepted: (batch_size, {n_mels}, frames)")
+        if not input_features.is_floating_point():
+            raise ValueError(f"input_features are {input_features.dtype}; accepted: floats")
+        return _mask_lengths("attention_mask", attention_mask, shape[0], shape[2])
+
+    def _pack_features(
+        self, input_features: torch.Tensor, lengths: list[int]
+    ) -> tuple[torch.Tensor, MiMoAudioTokenizerEncoderLayout]:
+        layout = self.encoder_layout(lengths)
+        packed = layout.mel.unpad(input_features.to(layout.mel.cu_seqlens.device).transpose(1, 2))
+        if not torch.isfinite(packed).all():
+            clip = int(layout.mel.sequence_ids[~torch.isfinite(packed).all(-1)][0])
+            raise ValueError(f"input_features of clip {clip} are NaN or infinite; accepted: finite log-mels")
+        return packed, layout
+
+    def _pack_codes(
+        self, audio_codes: torch.Tensor, audio_codes_mask: torch.Tensor | None
+    ) -> tuple[torch.Tensor, MiMoAudioTokenizerDecoderLayout]:
+        shape = tuple(audio_codes.shape)
+        if len(shape) != 3 or 0 in shape:
+            raise ValueError(f"audio_codes have shape {shape}; accepted: (batch_size, num_quantizers, code_frames)")
+        if audio_codes.is_floating_point() or audio_codes.is_complex() or audio_codes.dtype == torch.bool:
+            raise ValueError(f"audio_codes are {audio_codes.dtype}; accepted: integers")
+        if shape[1] > self.config.num_quantizers:
+            raise ValueError(
+                f"audio_codes hold {shape[1]} codebooks (shape {shape}); accepted: 1 to {self.config.num_quantizers}"
+            )
+        lengths = _mask_lengths("audio_codes_mask", audio_codes_mask, shape[0], shape[2])
+        layout = self.decoder_layout(lengths)
+        packed = layout.codes.unpad(audio_codes.to(layout.codes.cu_seqlens.device).transpose(1, 2))
+        self.check_codes(packed)
+        return packed, layout
+
+    def _reconstruction_loss(
+        self, audio_values: torch.Tensor, packed_features: torch.Tensor, lengths: list[int]
+    ) -> torch.Tensor:
+        extractor = MiMoAudioTokenizerFeatureExtractor.from_config(self.config)
+        reconstructed = [
+            extractor.log_mel_spectrogram(waveform[0])[:, :length].t()
+            for waveform, length in zip(audio_values, lengths, strict=True)
+        ]
+        return F.l1_loss(torch.cat(reconstructed), packed_features.float())
+
+    def _encode_features(
+        self,
+        input_features: torch.Tensor,
+        layout: MiMoAudioTokenizerEncoderLayout,
+        hidden_states: list[torch.Tensor] | None,
+    ) -> torch.Tensor:
+        return self.encoder(input_features.to(self._weight_dtype), layout, self._attention_backend(), hidden_states)
+
+    def _decode_features(
+        self,
+        features: torch.Tensor,
+        layout: MiMoAudioTokenizerDecoderLayout,
+        hidden_states: list[torch.Tensor] | None,
+    ) -> MiMoAudioTokenizerDecoderOutput:
+        samples = self.decoder(features.to(self._weight_dtype), layout, self._attention_backend(), hidden_states)
+        return MiMoAudioTokenizerDecoderOutput(
+            audio_values=samples.flatten(),
+            audio_lengths=layout.codes.lengths.long() * self.config.samples_per_frame,
+            hidden_states=None if hidden_states is None else tuple(hidden_states),
+        )
+
+
+def _best_attn_implementation(device: torch.device, dtype: torch.dtype) -> str:
+    if (
+        device.type == "cuda"
+        and torch.version.cuda is not None
+        and dtype in (torch.float16, torch.bfloat16)
+        and torch.cuda.get_device_capability(device) >= (8, 0)
+    ):
+        return next(name for name, backend in reversed(ATTENTION_BACKENDS.items()) if backend.is_default())
+    return "sdpa"
+
+
+def _check_lengths(lengths: Sequence[int]) -> list[int]:
+    lengths = [int(length) for length in lengths]
+    if not lengths or min(lengths) < 1:
+        raise ValueError(f"lengths={lengths}; accepted: one or more frames for each clip")
+    return lengths
+
+
+def _mask_lengths(name: str, mask: torch.Tensor | None, batch_size: int, frames: int) -> list[int]:
+    """Lengths of the clips behind a padding mask: the one time that a batch on the GPU is waited for."""
+    if mask is None:
+        return [frames] * batch_size
+    if tuple(mask.shape) != (batch_size, frames):
+        raise ValueError(f"{name} has shape {tuple(mask.shape)}; accepted: {(batch_size, frames)}")
+    mask = mask.cpu()
+    lengths = (mask != 0).sum(-1)
+    prefix = torch.arange(frames) < lengths[:, None]
+    for clip, good in enumerate((mask == prefix).all(-1).tolist()):
+        if not good or lengths[clip] == 0:
+            raise ValueError(f"{name} of clip {clip} is not a prefix of ones; accepted: one or more ones, then zeros")
+    return lengths.tolist()
+
+
+def _pad_encoder_output(
+    output: MiMoAudioTokenizerEncoderOutput, layout: MiMoAudioTokenizerEncoderLayout
+) -> MiMoAudioTokenizerEncoderOutput:
+    return MiMoAudioTokenizerEncoderOutput(
+        audio_codes=layout.codes.pad(output.audio_codes).transpose(1, 2),
+        audio_codes_mask=layout.codes.mask.long(),
+        latents=None if output.latents is None else layout.codes.pad(output.latents),
+        hidden_states=None
+        if output.hidden_states is None
+        else tuple(layout.frames.pad(states) for states in output.hidden_states),
+    )
+
+
+def _pad_decoder_output(
+    output: MiMoAudioTokenizerDecoderOutput, layout: MiMoAudioTokenizerDecoderLayout
+) -> MiMoAudioTokenizerDecoderOutput:
+    blocks = output.audio_values.view(layout.audio.total, -1)
+    return MiMoAudioTokenizerDecoderOutput(
+        audio_values=layout.audio.pad(blocks).flatten(1)[:, None],
+        audio_lengths=output.audio_lengths,
+        hidden_states=None
+        if output.hidden_states is None
+        else tuple(layout.frames.pad(states) for states in output.hidden_states),
+    )
+
+
+def _refuse_pickle(folder: Path) -> None:
+    if not folder.is_dir() or any(folder.glob("*.safetensors")):
+        return
+    pickles = sorted(file.name for suffix in ("*.bin", "*.pt", "*.pth", "*.ckpt") for file in folder.glob(suffix))
+    if pickles:
+        raise ValueError(f"{folder / pickles[0]} is a pickle, which is never loaded; accepted: model.safetensors")
+
+
+__all__ = [
+    "MiMoAudioTokenizerDecoderLayout",
+    "MiMoAudioTokenizerDecoderOutput",
+    "MiMoAudioTokenizerEncoderLayout",
+    "MiMoAudioTokenizerEncoderOutput",
+    "MiMoAudioTokenizerModel",
+    "MiMoAudioTokenizerOutput",
+    "MiMoAudioTokenizerPreTrainedModel",
+    "PackedSequences",
+]
