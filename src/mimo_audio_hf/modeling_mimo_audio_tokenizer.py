@@ -678,6 +678,7 @@ class MiMoAudioTokenizerResidualVectorQuantizer(nn.Module):
         """Codes (n, Q) to the sum (n, dim) of their entries, float32, for a model in `dtype`."""
         codebooks = self.codebooks[: codes.shape[-1]]
         table = torch.cat([codebook.entries(dtype) for codebook in codebooks])
+        codes = codes.to(table.device)
         # Made on the device: a tensor from the host would have to be waited for.
         sizes = torch.cat([codes.new_full((1,), codebook.embed.shape[0]) for codebook in codebooks])
         return F.embedding_bag(codes + sizes.cumsum(0) - sizes, table, mode="sum")
@@ -1126,7 +1127,7 @@ class MiMoAudioTokenizerModel(MiMoAudioTokenizerPreTrainedModel):
         backend = ATTENTION_BACKENDS[name]
         weight = self.encoder.conv1.weight
         if backend.half_precision_on_cuda and not (
-            weight.device.type == "cuda"
+            weight.device.type in ("cuda", "meta")  # meta: offloaded
             and (weight.dtype in (torch.float16, torch.bfloat16) or torch.is_autocast_enabled("cuda"))
         ):
             raise ValueError(
@@ -1148,14 +1149,23 @@ class MiMoAudioTokenizerModel(MiMoAudioTokenizerPreTrainedModel):
 
     # --- Lengths ---
 
-    def encoder_layout(self, lengths: Sequence[int]) -> MiMoAudioTokenizerEncoderLayout:
-        """What `encode(packed_features, layout=...)` takes for clips of these lengths in mel frames."""
-        return self.encoder.layout(_check_lengths(lengths), self.encoder.conv1.weight.device)
+    def encoder_layout(
+        self, lengths: Sequence[int], device: torch.device | str | None = None
+    ) -> MiMoAudioTokenizerEncoderLayout:
+        """What `encode(packed_features, layout=...)` takes for clips of these lengths in mel frames.
 
-    def decoder_layout(self, lengths: Sequence[int]) -> MiMoAudioTokenizerDecoderLayout:
-        """What `decode(packed_codes, layout=...)` takes for clips of these lengths in code frames."""
+        `device` is where the model is by default; it has to be given where the weights are offloaded.
+        """
+        return self.encoder.layout(_check_lengths(lengths), device or self.encoder.conv1.weight.device)
+
+    def decoder_layout(
+        self, lengths: Sequence[int], device: torch.device | str | None = None
+    ) -> MiMoAudioTokenizerDecoderLayout:
+        """What `decode(packed_codes, layout=...)` takes for clips of these lengths in code frames; see
+        `encoder_layout`.
+        """
         decoder = self._require_decoder()
-        return decoder.layout(_check_lengths(lengths), decoder.dconv1.conv.weight.device)
+        return decoder.layout(_check_lengths(lengths), device or decoder.dconv1.conv.weight.device)
 
     def get_audio_codes_mask(self, attention_mask: torch.Tensor) -> torch.Tensor:
         """Mask of the codes (batch_size, code_frames) that belongs to a mask of mel frames (batch_size, frames)."""
@@ -1290,7 +1300,8 @@ class MiMoAudioTokenizerModel(MiMoAudioTokenizerPreTrainedModel):
             hidden_states=None if hidden_states is None else tuple(hidden_states),
         )
         encoded = _pad_encoder_output(encoded, layout)
-        decoder_layout = self.decoder_layout(self.encoder.code_lengths(lengths))
+        device = _compute_device(self._require_decoder().dconv1.conv.weight, input_features)
+        decoder_layout = self.decoder_layout(self.encoder.code_lengths(lengths), device)
         decoded = _pad_decoder_output(
             self._decode_features(quantized, decoder_layout, decoder_hidden_states), decoder_layout
         )
@@ -1359,8 +1370,9 @@ class MiMoAudioTokenizerModel(MiMoAudioTokenizerPreTrainedModel):
     def _pack_features(
         self, input_features: torch.Tensor, lengths: list[int]
     ) -> tuple[torch.Tensor, MiMoAudioTokenizerEncoderLayout]:
-        layout = self.encoder_layout(lengths)
-        packed = layout.mel.unpad(input_features.to(layout.mel.cu_seqlens.device).transpose(1, 2))
+        device = _compute_device(self.encoder.conv1.weight, input_features)
+        layout = self.encoder_layout(lengths, device)
+        packed = layout.mel.unpad(input_features.to(device).transpose(1, 2))
         if not torch.isfinite(packed).all():
             clip = int(layout.mel.sequence_ids[~torch.isfinite(packed).all(-1)][0])
             raise ValueError(f"input_features of clip {clip} are NaN or infinite; accepted: finite log-mels")
@@ -1379,8 +1391,9 @@ class MiMoAudioTokenizerModel(MiMoAudioTokenizerPreTrainedModel):
                 f"audio_codes hold {shape[1]} codebooks (shape {shape}); accepted: 1 to {self.config.num_quantizers}"
             )
         lengths = _mask_lengths("audio_codes_mask", audio_codes_mask, shape[0], shape[2])
-        layout = self.decoder_layout(lengths)
-        packed = layout.codes.unpad(audio_codes.to(layout.codes.cu_seqlens.device).transpose(1, 2))
+        device = _compute_device(self._require_decoder().dconv1.conv.weight, audio_codes)
+        layout = self.decoder_layout(lengths, device)
+        packed = layout.codes.unpad(audio_codes.to(device).transpose(1, 2))
         self.check_codes(packed)
         return packed, layout
 
@@ -1408,7 +1421,8 @@ class MiMoAudioTokenizerModel(MiMoAudioTokenizerPreTrainedModel):
         layout: MiMoAudioTokenizerDecoderLayout,
         hidden_states: list[torch.Tensor] | None,
     ) -> MiMoAudioTokenizerDecoderOutput:
-        samples = self.decoder(features.to(self._weight_dtype), layout, self._attention_backend(), hidden_states)
+        features = features.to(layout.codes.cu_seqlens.device, self._weight_dtype)
+        samples = self.decoder(features, layout, self._attention_backend(), hidden_states)
         return MiMoAudioTokenizerDecoderOutput(
             audio_values=samples.flatten(),
             audio_lengths=layout.codes.lengths.long() * self.config.samples_per_frame,
@@ -1425,6 +1439,11 @@ def _best_attn_implementation(device: torch.device, dtype: torch.dtype) -> str:
     ):
         return next(name for name, backend in reversed(ATTENTION_BACKENDS.items()) if backend.is_default())
     return "sdpa"
+
+
+def _compute_device(weight: torch.Tensor, data: torch.Tensor) -> torch.device:
+    """Where a module runs: where its weights are, or where its input is if accelerate has offloaded them."""
+    return data.device if weight.is_meta else weight.device
 
 
 def _check_lengths(lengths: Sequence[int]) -> list[int]:
