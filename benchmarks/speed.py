@@ -68,8 +68,8 @@ def main() -> None:
     print("|---|---|---|---|---|---|---|")
     for row in rows:
         cells = [
-            f"{row[work]['milliseconds']:.1f} ms | {row[work]['floor_milliseconds']:.2f} ms | {row[work]['over_floor']:.2f}"
-            for work in ("encode", "decode")
+            f"{cell['milliseconds']:.1f} ms | {cell['floor_milliseconds']:.2f} ms | {cell['over_floor']:.2f}"
+            for cell in (row["encode"], row["decode"])
         ]
         print(f"| {row['workload']} | {' | '.join(cells)} |")
 

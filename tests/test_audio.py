@@ -356,6 +356,16 @@ def test_mp3_without_xing_header_is_read_to_its_end(mode, prefix, reverse, chann
     assert min(errors) < 1e-3
 
 
+def test_mp3_with_a_wrong_xing_header():
+    content = bytearray(encode(loud_then_quiet(1), format="MP3", bitrate_mode="VARIABLE", compression_level=0.1))
+    frames = content.index(b"Xing") + 8
+    (count,) = struct.unpack_from(">I", content, frames)
+    for wrong, message in ((0, "goes on after"), (count // 2, "goes on after"), (2 * count, "truncated")):
+        struct.pack_into(">I", content, frames, wrong)
+        with pytest.raises(ValueError, match=f"bytes: {message}"):
+            load_audio(content)
+
+
 @pytest.mark.parametrize("suffix", [b"TAG" + bytes(125), b"APETAGEX" + b"\1" * 9000, bytes(9000)])
 def test_mp3_tags(suffix):
     content = encode(tone(), format="MP3")

@@ -84,6 +84,8 @@ def test_layout_lengths(model, lengths):
 @pytest.mark.parametrize(
     ("field", "value"),
     [
+        ("d_model", "1280"),
+        ("encoder_layers", 3.0),
         ("vocoder_padding", "center"),
         ("rope_type", "yarn"),
         ("ln_type", "BatchNorm"),

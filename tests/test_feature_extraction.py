@@ -65,6 +65,15 @@ def test_kinds_of_input(extractor):
     assert extractor([clip.numpy(), clip], sampling_rate=24000).input_features.shape[0] == 2
 
 
+def test_inference_mode_leaves_nothing_behind_that_training_trips_over():
+    extractor = MiMoAudioTokenizerFeatureExtractor(feature_size=17)  # filters that no other test has cached
+    with torch.inference_mode():
+        extractor(noise(1000), sampling_rate=24000)
+    waveform = noise(1000).requires_grad_()
+    extractor.log_mel_spectrogram(waveform).sum().backward()
+    assert waveform.grad.abs().sum() > 0
+
+
 def test_numpy_output(extractor):
     output = extractor(noise(1000), sampling_rate=24000, return_tensors="np")
     assert isinstance(output["input_features"], np.ndarray)

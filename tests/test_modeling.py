@@ -17,6 +17,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from mimo_audio_hf import MiMoAudioTokenizerConfig, MiMoAudioTokenizerModel
+from mimo_audio_hf import modeling_mimo_audio_tokenizer as modeling
 from mimo_audio_hf.modeling_mimo_audio_tokenizer import (
     BAND_BLOCK,
     PackedSequences,
@@ -227,10 +228,6 @@ def test_an_attention_backend_that_cannot_run_here_is_one_clear_error(name):
 
 def test_flash_attention_gets_the_windows(monkeypatch, inputs):
     """The flash-attn call, against a stand-in with that package's documented meaning of its arguments."""
-    import sys
-    import types
-
-    from mimo_audio_hf import modeling_mimo_audio_tokenizer as modeling
 
     def flash_attn_varlen_func(
         q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, softmax_scale, causal, window_size
@@ -249,9 +246,7 @@ def test_flash_attention_gets_the_windows(monkeypatch, inputs):
             outputs.append((scores.softmax(-1) @ values).transpose(0, 1))
         return torch.cat(outputs)
 
-    package = types.ModuleType("flash_attn")
-    package.flash_attn_varlen_func = flash_attn_varlen_func
-    monkeypatch.setitem(sys.modules, "flash_attn", package)
+    monkeypatch.setattr(modeling, "flash_attn_varlen_func", flash_attn_varlen_func, raising=False)
     backend = modeling.ATTENTION_BACKENDS["flash_attention_2"]
     monkeypatch.setattr(MiMoAudioTokenizerModel, "_attention_backend", lambda self: backend)
     for name in CHECKPOINTS:

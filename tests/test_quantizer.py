@@ -118,4 +118,6 @@ def test_codes_are_the_nearest_entries_in_float64(num_quantizers):
         residual = residual - codebook.embed.double()[expected[-1]]
     codes = quantizer.encode(x, num_quantizers, torch.float32)
     assert torch.equal(codes, torch.stack(expected, -1))
-    torch.testing.assert_close(quantizer.decode(codes, torch.float32).double(), x.double() - residual, rtol=0, atol=1e-5)
+    torch.testing.assert_close(
+        quantizer.decode(codes, torch.float32).double(), x.double() - residual, rtol=0, atol=1e-5
+    )

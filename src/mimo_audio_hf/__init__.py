@@ -8,8 +8,11 @@ from transformers import AutoConfig, AutoFeatureExtractor, AutoModel, AutoModelF
 
 from . import kernels as kernels  # offers its attention backend to the model
 from .audio import load_audio, save_audio
+from .checkpoints import load_model
+from .codes import AudioCodes
 from .configuration_mimo_audio_tokenizer import MiMoAudioTokenizerConfig
 from .feature_extraction_mimo_audio_tokenizer import MiMoAudioTokenizerFeatureExtractor
+from .inference import decode_codes, encode_waveforms
 from .modeling_mimo_audio_tokenizer import MiMoAudioTokenizerModel
 from .version import __version__
 
@@ -20,10 +23,14 @@ AutoModel.register(MiMoAudioTokenizerConfig, MiMoAudioTokenizerModel)
 AutoModelForAudioTokenization.register(MiMoAudioTokenizerConfig, MiMoAudioTokenizerModel)
 
 __all__ = [
+    "AudioCodes",
     "MiMoAudioTokenizerConfig",
     "MiMoAudioTokenizerFeatureExtractor",
     "MiMoAudioTokenizerModel",
     "__version__",
+    "decode_codes",
+    "encode_waveforms",
     "load_audio",
+    "load_model",
     "save_audio",
 ]

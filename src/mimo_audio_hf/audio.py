@@ -15,13 +15,14 @@ import io
 import math
 import os
 import struct
-import uuid
 from pathlib import Path
 from typing import Any, BinaryIO, Protocol, cast
 
 import numpy as np
 import soundfile as sf
 import torch
+
+from .files import replacing
 
 
 class AudioDecoder(Protocol):
@@ -46,7 +47,7 @@ _SYSTEM_ERROR = 2  # libsndfile's SF_ERR_SYSTEM: a full disk, for one
 
 _ACCEPTED = "accepted: a WAV, FLAC, OGG or MP3 file, or another that libsndfile reads"
 
-_FORMATS = {  # extension: libsndfile's format and subtype
+AUDIO_FORMATS = {  # extension: libsndfile's format and subtype
     ".wav": ("WAV", "PCM_16"),
     ".flac": ("FLAC", "PCM_16"),
     ".ogg": ("OGG", "VORBIS"),
@@ -173,9 +174,9 @@ def save_audio(path: str | os.PathLike[str], waveform: torch.Tensor | np.ndarray
         OSError: the file cannot be written.
     """
     path = Path(path)
-    if path.suffix.lower() not in _FORMATS:
-        raise ValueError(f"{path}: unsupported extension {path.suffix!r}; accepted: {', '.join(_FORMATS)}")
-    file_format, subtype = _FORMATS[path.suffix.lower()]
+    if path.suffix.lower() not in AUDIO_FORMATS:
+        raise ValueError(f"{path}: unsupported extension {path.suffix!r}; accepted: {', '.join(AUDIO_FORMATS)}")
+    file_format, subtype = AUDIO_FORMATS[path.suffix.lower()]
     # A copy of an array, since torch has no read-only tensors and no negative strides.
     samples = torch.from_numpy(np.array(waveform, order="C")) if isinstance(waveform, np.ndarray) else waveform
     samples = samples.detach().cpu()
@@ -192,21 +193,17 @@ def save_audio(path: str | os.PathLike[str], waveform: torch.Tensor | np.ndarray
         # libsndfile would round towards minus infinity in a WAV.
         samples = (samples * 2**15).round().clamp(max=2**15 - 1).to(torch.int16)
 
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{uuid.uuid4().hex}.tmp")
     try:
-        temporary.touch(exist_ok=False)  # says why it fails, unlike libsndfile
-        with sf.SoundFile(temporary, "w", sampling_rate, 1, subtype, format=file_format) as file:
-            for block in samples.split(_WRITE_SAMPLES):
-                file.write(block.numpy())
-        os.replace(temporary, path)
+        with replacing(path) as temporary:
+            temporary.touch(exist_ok=False)  # says why it fails, unlike libsndfile
+            with sf.SoundFile(temporary, "w", sampling_rate, 1, subtype, format=file_format) as file:
+                for block in samples.split(_WRITE_SAMPLES):
+                    file.write(block.numpy())
     except sf.LibsndfileError as error:
         kind = OSError if error.code == _SYSTEM_ERROR else ValueError
         raise kind(
             f"{path}: cannot be written as {file_format} at {sampling_rate} Hz: {error.error_string}"
         ) from error
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 @functools.lru_cache(maxsize=8)
@@ -353,8 +350,7 @@ def _with_mp3_length(file: BinaryIO) -> BinaryIO:
     file.seek(start)
     frame = file.read(64)
     is_mp3 = len(frame) == 64 and frame[0] == 0xFF and frame[1] & 0xE0 == 0xE0
-    xing = max(frame.find(b"Xing"), frame.find(b"Info"))
-    states_length = xing >= 0 and frame[xing + 7] & 1 and any(frame[xing + 8 : xing + 12])
+    states_length = b"Xing" in frame or b"Info" in frame
     return cast(BinaryIO, _UncountedMP3(file, start)) if is_mp3 and not states_length else file
 
 

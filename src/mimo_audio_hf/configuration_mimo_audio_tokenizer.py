@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import inspect
 import math
 from typing import Any
 
@@ -165,6 +166,10 @@ class MiMoAudioTokenizerConfig(PreTrainedConfig):
         def refuse(field: str, accepted: str) -> None:
             raise ValueError(f"{type(self).__name__}: {field}={getattr(self, field)!r}; accepted: {accepted}")
 
+        for field, parameter in inspect.signature(type(self).__init__).parameters.items():
+            # `bool` is an `int` to Python; annotations are strings here.
+            if parameter.annotation == "int" and type(getattr(self, field)) is not int:
+                refuse(field, "an integer")
         if self.vocoder_padding != "same":
             refuse("vocoder_padding", "'same'")
         if self.rope_type != "default":

@@ -29,13 +29,15 @@ def _mel_filters(
     and filters computed in float64 (transformers' `mel_filter_bank`) move its log-mels by up to 5e-5.
     """
     mel_min, mel_max = (2595.0 * math.log10(1.0 + hz / 700.0) for hz in (fmin, fmax))
-    edges = 700.0 * (10.0 ** (torch.linspace(mel_min, mel_max, n_mels + 2) / 2595.0) - 1.0)
-    bins = torch.linspace(0, sampling_rate // 2, nfft // 2 + 1)
-    widths = edges.diff()
-    distances = edges[:, None] - bins
-    rising = -distances[:-2] / widths[:-1, None]
-    falling = distances[2:] / widths[1:, None]
-    return torch.minimum(rising, falling).clamp(min=0.0).to(device)
+    # Not an inference tensor, whatever the first caller's mode: a later one may want gradients through it.
+    with torch.inference_mode(False):
+        edges = 700.0 * (10.0 ** (torch.linspace(mel_min, mel_max, n_mels + 2) / 2595.0) - 1.0)
+        bins = torch.linspace(0, sampling_rate // 2, nfft // 2 + 1)
+        widths = edges.diff()
+        distances = edges[:, None] - bins
+        rising = -distances[:-2] / widths[:-1, None]
+        falling = distances[2:] / widths[1:, None]
+        return torch.minimum(rising, falling).clamp(min=0.0).to(device)
 
 
 class MiMoAudioTokenizerFeatureExtractor(SequenceFeatureExtractor):

@@ -12,7 +12,7 @@ import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 import torch.distributed as dist
@@ -23,11 +23,14 @@ from transformers import initialization as init
 from transformers.activations import ACT2FN
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_utils import AttentionInterface, PreTrainedAudioTokenizerBase
-from transformers.utils import ModelOutput, can_return_tuple, logging
+from transformers.utils import ModelOutput, can_return_tuple, is_flash_attn_2_available, logging
 
 from .configuration_mimo_audio_tokenizer import MiMoAudioTokenizerConfig
 from .feature_extraction_mimo_audio_tokenizer import MiMoAudioTokenizerFeatureExtractor
 
+
+if is_flash_attn_2_available():
+    from flash_attn import flash_attn_varlen_func
 
 logger = logging.get_logger(__name__)
 
@@ -179,7 +182,7 @@ def _gather_rows(rows: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
 class PackedConv1d(nn.Conv1d):
     """1D convolution over packed clips, as one matrix product over gathered taps."""
 
-    def forward(self, hidden_states: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
+    def forward(self, hidden_states: torch.Tensor, index: torch.Tensor) -> torch.Tensor:  # type: ignore[override]
         taps = _gather_rows(hidden_states, index).flatten(1)
         return F.linear(taps, self.weight.transpose(1, 2).flatten(1), self.bias)
 
@@ -187,16 +190,19 @@ class PackedConv1d(nn.Conv1d):
 class PackedConvTranspose1d(nn.ConvTranspose1d):
     """1D transposed convolution over packed clips: one matrix product, then the overlapping products' sum."""
 
-    def forward(self, hidden_states: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
+    def forward(self, hidden_states: torch.Tensor, index: torch.Tensor) -> torch.Tensor:  # type: ignore[override]
         products = F.linear(hidden_states, self.weight.permute(2, 1, 0).flatten(0, 1))
         products = products.view(-1, self.out_channels)
-        return _gather_rows(products, index).sum(1) + self.bias
+        outputs = _gather_rows(products, index).sum(1)
+        return outputs if self.bias is None else outputs + self.bias
 
 
 class PackedGroupNorm(nn.GroupNorm):
     """Group normalization with one group: statistics over all channels and frames of each clip, in float32."""
 
-    def forward(self, hidden_states: torch.Tensor, sequences: PackedSequences) -> torch.Tensor:
+    def forward(  # type: ignore[override]
+        self, hidden_states: torch.Tensor, sequences: PackedSequences
+    ) -> torch.Tensor:
         x = hidden_states.float()
         centered = x - sequences.mean(x.mean(-1))[sequences.sequence_ids, None]
         variance = sequences.mean(centered.square().mean(-1))
@@ -314,9 +320,10 @@ def torch_varlen_attention_forward(
 ) -> torch.Tensor:
     """PyTorch's own FlashAttention over packed clips (CUDA, float16 or bfloat16)."""
     cu_seqlens, max_seqlen = sequences.cu_seqlens, sequences.max_seqlen
-    return varlen_attn(
+    output = varlen_attn(
         query, key, value, cu_seqlens, cu_seqlens, max_seqlen, max_seqlen, scale=scaling, window_size=window
     )
+    return cast(torch.Tensor, output)
 
 
 def flash_attention_forward(
@@ -329,8 +336,6 @@ def flash_attention_forward(
     window: Window,
 ) -> torch.Tensor:
     """The flash-attn package over packed clips (CUDA, float16 or bfloat16)."""
-    from flash_attn import flash_attn_varlen_func
-
     cu_seqlens, max_seqlen = sequences.cu_seqlens, sequences.max_seqlen
     return flash_attn_varlen_func(
         query,
@@ -408,11 +413,11 @@ def _rotary_embedding(
 class MiMoAudioTokenizerAttention(nn.Module):
     """Multi-head self-attention of each clip to itself, within a window of (left, right) frames."""
 
-    def __init__(self, dim: int, num_heads: int, causal: bool, window: Sequence[int]) -> None:
+    def __init__(self, dim: int, num_heads: int, window: Window) -> None:
         super().__init__()
         self.head_dim = dim // num_heads
         self.scaling = self.head_dim**-0.5
-        self.window: Window = (window[0], 0 if causal else window[1])
+        self.window = window
         self.q_proj = nn.Linear(dim, dim)
         self.k_proj = nn.Linear(dim, dim, bias=False)
         self.v_proj = nn.Linear(dim, dim)
@@ -459,11 +464,10 @@ class MiMoAudioTokenizerLayer(GradientCheckpointingLayer):
         dim: int,
         num_heads: int,
         ffn_dim: int,
-        causal: bool,
-        window: Sequence[int],
+        window: Window,
     ) -> None:
         super().__init__()
-        self.self_attn = MiMoAudioTokenizerAttention(dim, num_heads, causal, window)
+        self.self_attn = MiMoAudioTokenizerAttention(dim, num_heads, window)
         self.self_attn_layer_norm = _norm(config, dim)
         self.activation_fn = ACT2FN[config.activation_function]
         self.fc1 = nn.Linear(dim, ffn_dim)
@@ -495,8 +499,12 @@ class MiMoAudioTokenizerStack(nn.Module):
     ) -> None:
         super().__init__()
         self.config = config
+        self.head_dim = dim // num_heads
+        # A layer's window is (left, right); what is causal sees nothing to the right.
+        layer_windows = [(left, 0 if causal else right) for left, right in windows]
+        self.windows: list[Window] = list(dict.fromkeys(layer_windows))
         self.layers = nn.ModuleList(
-            MiMoAudioTokenizerLayer(config, dim, num_heads, ffn_dim, causal, window) for window in windows
+            MiMoAudioTokenizerLayer(config, dim, num_heads, ffn_dim, window) for window in layer_windows
         )
         self.layer_norm = _norm(config, dim)
 
@@ -512,17 +520,15 @@ class MiMoAudioTokenizerStack(nn.Module):
 
         The input and every layer's output are appended to `all_hidden_states` where that is given.
         """
-        attention = self.layers[0].self_attn
         position_embeddings = _rotary_embedding(
             sequences.position_ids,
-            attention.head_dim,
+            self.head_dim,
             self.config.rope_theta,
-            self.layer_norm.weight.dtype,
+            cast(torch.Tensor, self.layer_norm.weight).dtype,
             hidden_states.dtype,
         )
-        windows = dict.fromkeys(layer.self_attn.window for layer in self.layers)
         attention_masks = {
-            window: backend.make_mask(sequences, window) if backend.make_mask else None for window in windows
+            window: backend.make_mask(sequences, window) if backend.make_mask else None for window in self.windows
         }
         skip = None
         for number, layer in enumerate(self.layers, start=1):
@@ -553,6 +559,11 @@ class MiMoAudioTokenizerCodebook(nn.Module):
     The buffers are upstream's: `embed` (the entries), `cluster_size` and `embed_avg` (moving counts and sums of the
     vectors that chose an entry) and `inited` (whether k-means has set the entries).
     """
+
+    inited: torch.Tensor
+    cluster_size: torch.Tensor
+    embed: torch.Tensor
+    embed_avg: torch.Tensor
 
     decay = 0.99
     epsilon = 1e-5
@@ -660,7 +671,7 @@ class MiMoAudioTokenizerResidualVectorQuantizer(nn.Module):
 
     @property
     def codebooks(self) -> list[MiMoAudioTokenizerCodebook]:
-        return [layer._codebook for layer in self.vq.layers]
+        return [cast(MiMoAudioTokenizerVectorQuantization, layer)._codebook for layer in self.vq.layers]
 
     @torch.no_grad()
     def encode(self, features: torch.Tensor, num_quantizers: int, dtype: torch.dtype) -> torch.Tensor:
@@ -695,7 +706,7 @@ class MiMoAudioTokenizerResidualVectorQuantizer(nn.Module):
         if not self.training:
             codes = self.encode(features, num_quantizers, dtype)
             return self.decode(codes, dtype), codes, features.new_zeros((), dtype=torch.float32)
-        codes, losses = [], []
+        codes_of_books, losses = [], []
         with torch.autocast(features.device.type, enabled=False):
             residual = features.float()
             quantized = torch.zeros_like(residual)
@@ -703,14 +714,15 @@ class MiMoAudioTokenizerResidualVectorQuantizer(nn.Module):
                 vectors = residual.detach()
                 codebook.initialize(vectors)
                 entries = codebook.entries(dtype)
-                codes.append(codebook.nearest(vectors, entries))
-                chosen = F.embedding(codes[-1], entries)
+                codes = codebook.nearest(vectors, entries)
+                chosen = F.embedding(codes, entries)
+                codes_of_books.append(codes)
                 losses.append(F.mse_loss(residual, chosen))
-                codebook.update(vectors, codes[-1])
+                codebook.update(vectors, codes)
                 passed = residual + (chosen - residual).detach()
                 quantized = quantized + passed
                 residual = residual - passed
-        return quantized, torch.stack(codes, dim=-1), torch.stack(losses).mean()
+        return quantized, torch.stack(codes_of_books, dim=-1), torch.stack(losses).mean()
 
 
 # --- Encoder and decoder ---
@@ -722,8 +734,8 @@ class MiMoAudioTokenizerEncoder(MiMoAudioTokenizerStack):
     def __init__(self, config: MiMoAudioTokenizerConfig) -> None:
         windows = [config.encoder_attn_window_size] * config.encoder_layers
         if config.hybrid_attention:
-            period = config.swa_per_block
-            windows = [window if i % period < period - 1 else (-1, -1) for i, window in enumerate(windows)]
+            period = config.swa_per_block or 1
+            windows = [window if i % period < period - 1 else [-1, -1] for i, window in enumerate(windows)]
         super().__init__(
             config,
             config.d_model,
@@ -796,6 +808,8 @@ class MiMoAudioTokenizerUpsample(nn.Module):
 
 class MiMoAudioTokenizerISTFT(nn.Module):
     """Inverse STFT with "same" padding, in float32 whatever the model's dtype."""
+
+    window: torch.Tensor
 
     def __init__(self, config: MiMoAudioTokenizerConfig) -> None:
         super().__init__()
@@ -933,10 +947,10 @@ class MiMoAudioTokenizerEncoderOutput(ModelOutput):
         The encoder layers' input and every layer's output, at 50 Hz. Packed input gives `(total_frames, d_model)`.
     """
 
-    audio_codes: torch.LongTensor | None = None
-    audio_codes_mask: torch.LongTensor | None = None
-    latents: torch.FloatTensor | None = None
-    hidden_states: tuple[torch.FloatTensor, ...] | None = None
+    audio_codes: torch.Tensor | None = None
+    audio_codes_mask: torch.Tensor | None = None
+    latents: torch.Tensor | None = None
+    hidden_states: tuple[torch.Tensor, ...] | None = None
 
 
 @dataclass
@@ -949,9 +963,9 @@ class MiMoAudioTokenizerDecoderOutput(ModelOutput):
         The decoder layers' input and every layer's output, at 50 Hz. Packed input gives `(total_frames, d_model)`.
     """
 
-    audio_values: torch.FloatTensor | None = None
-    audio_lengths: torch.LongTensor | None = None
-    hidden_states: tuple[torch.FloatTensor, ...] | None = None
+    audio_values: torch.Tensor | None = None
+    audio_lengths: torch.Tensor | None = None
+    hidden_states: tuple[torch.Tensor, ...] | None = None
 
 
 @dataclass
@@ -968,16 +982,16 @@ class MiMoAudioTokenizerOutput(ModelOutput):
     decoder_hidden_states: The decoder's `hidden_states`.
     """
 
-    loss: torch.FloatTensor | None = None
-    commitment_loss: torch.FloatTensor | None = None
-    reconstruction_loss: torch.FloatTensor | None = None
-    audio_codes: torch.LongTensor | None = None
-    audio_codes_mask: torch.LongTensor | None = None
-    audio_values: torch.FloatTensor | None = None
-    audio_lengths: torch.LongTensor | None = None
-    latents: torch.FloatTensor | None = None
-    hidden_states: tuple[torch.FloatTensor, ...] | None = None
-    decoder_hidden_states: tuple[torch.FloatTensor, ...] | None = None
+    loss: torch.Tensor | None = None
+    commitment_loss: torch.Tensor | None = None
+    reconstruction_loss: torch.Tensor | None = None
+    audio_codes: torch.Tensor | None = None
+    audio_codes_mask: torch.Tensor | None = None
+    audio_values: torch.Tensor | None = None
+    audio_lengths: torch.Tensor | None = None
+    latents: torch.Tensor | None = None
+    hidden_states: tuple[torch.Tensor, ...] | None = None
+    decoder_hidden_states: tuple[torch.Tensor, ...] | None = None
 
 
 class MiMoAudioTokenizerPreTrainedModel(PreTrainedAudioTokenizerBase):
@@ -987,7 +1001,7 @@ class MiMoAudioTokenizerPreTrainedModel(PreTrainedAudioTokenizerBase):
     config_class = MiMoAudioTokenizerConfig
     base_model_prefix = "mimo_audio_tokenizer"
     main_input_name = "input_features"
-    input_modalities = ("audio",)
+    input_modalities = "audio"
     supports_gradient_checkpointing = True
     _no_split_modules = ["MiMoAudioTokenizerLayer"]
     _supports_sdpa = True
@@ -1003,8 +1017,8 @@ class MiMoAudioTokenizerPreTrainedModel(PreTrainedAudioTokenizerBase):
                 init.zeros_(module.bias)
         elif isinstance(module, (nn.LayerNorm, nn.RMSNorm, nn.GroupNorm)):
             init.ones_(module.weight)
-            if getattr(module, "bias", None) is not None:
-                init.zeros_(module.bias)
+            if isinstance(bias := getattr(module, "bias", None), torch.Tensor):
+                init.zeros_(bias)
         elif isinstance(module, MiMoAudioTokenizerCodebook):
             init.normal_(module.embed, mean=0.0, std=std)
             init.copy_(module.embed_avg, module.embed)
@@ -1061,13 +1075,9 @@ class MiMoAudioTokenizerModel(MiMoAudioTokenizerPreTrainedModel):
         _refuse_pickle(Path(pretrained_model_name_or_path, kwargs.get("subfolder") or ""))
         output_loading_info = kwargs.pop("output_loading_info", False)
         allow_mismatched = kwargs.pop("ignore_mismatched_sizes", False)
-        model, info = super().from_pretrained(
-            pretrained_model_name_or_path,
-            *args,
-            **{**kwargs, "use_safetensors": True},
-            ignore_mismatched_sizes=True,
-            output_loading_info=True,
-        )
+        kwargs |= {"use_safetensors": True, "ignore_mismatched_sizes": True, "output_loading_info": True}
+        loaded: Any = super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
+        model, info = loaded
         missing, unexpected = set(info["missing_keys"]), set(info["unexpected_keys"])
         decoder_keys = {key for key in model.state_dict() if key.startswith("decoder.")}
         if model.decoder is None or decoder_keys <= missing:
@@ -1216,7 +1226,7 @@ class MiMoAudioTokenizerModel(MiMoAudioTokenizerPreTrainedModel):
         if layout is None:
             lengths = self._check_features(input_features, attention_mask)
             input_features, layout = self._pack_features(input_features, lengths)
-        hidden_states = [] if self._wants_hidden_states(output_hidden_states) else None
+        hidden_states = self._hidden_states_list(output_hidden_states)
         features = self._encode_features(input_features, layout, hidden_states)
         output = MiMoAudioTokenizerEncoderOutput(
             audio_codes=self.encoder.quantizer.encode(features, num_quantizers, self._weight_dtype),
@@ -1259,7 +1269,7 @@ class MiMoAudioTokenizerModel(MiMoAudioTokenizerPreTrainedModel):
         if layout is None:
             audio_codes, layout = self._pack_codes(audio_codes, audio_codes_mask)
         features = self.encoder.quantizer.decode(audio_codes.long(), self._weight_dtype)
-        hidden_states = [] if self._wants_hidden_states(output_hidden_states) else None
+        hidden_states = self._hidden_states_list(output_hidden_states)
         output = self._decode_features(features, layout, hidden_states)
         return output if packed else _pad_decoder_output(output, layout)
 
@@ -1289,8 +1299,8 @@ class MiMoAudioTokenizerModel(MiMoAudioTokenizerPreTrainedModel):
         num_quantizers = self._check_num_quantizers(num_quantizers)
         lengths = self._check_features(input_features, attention_mask)
         input_features, layout = self._pack_features(input_features, lengths)
-        wants_hidden_states = self._wants_hidden_states(output_hidden_states)
-        hidden_states, decoder_hidden_states = ([], []) if wants_hidden_states else (None, None)
+        hidden_states = self._hidden_states_list(output_hidden_states)
+        decoder_hidden_states = self._hidden_states_list(output_hidden_states)
         features = self._encode_features(input_features, layout, hidden_states)
         quantizer = self.encoder.quantizer
         quantized, codes, commitment_loss = quantizer(features, num_quantizers, self._weight_dtype)
@@ -1307,7 +1317,8 @@ class MiMoAudioTokenizerModel(MiMoAudioTokenizerPreTrainedModel):
         )
         losses = {}
         if self.training:
-            reconstruction_loss = self._reconstruction_loss(decoded.audio_values, input_features, lengths)
+            waveforms = cast(torch.Tensor, decoded.audio_values)
+            reconstruction_loss = self._reconstruction_loss(waveforms, input_features, lengths)
             losses = {
                 "loss": reconstruction_loss + commitment_loss,
                 "commitment_loss": commitment_loss,
@@ -1327,8 +1338,10 @@ class MiMoAudioTokenizerModel(MiMoAudioTokenizerPreTrainedModel):
     def _weight_dtype(self) -> torch.dtype:
         return self.encoder.conv1.weight.dtype
 
-    def _wants_hidden_states(self, output_hidden_states: bool | None) -> bool:
-        return self.config.output_hidden_states if output_hidden_states is None else output_hidden_states
+    def _hidden_states_list(self, output_hidden_states: bool | None) -> list[torch.Tensor] | None:
+        """Where a stack of layers puts its hidden states, if they are wanted."""
+        wanted = self.config.output_hidden_states if output_hidden_states is None else output_hidden_states
+        return [] if wanted else None
 
     def _require_decoder(self) -> MiMoAudioTokenizerDecoder:
         if self.decoder is None:
@@ -1422,7 +1435,7 @@ class MiMoAudioTokenizerModel(MiMoAudioTokenizerPreTrainedModel):
         hidden_states: list[torch.Tensor] | None,
     ) -> MiMoAudioTokenizerDecoderOutput:
         features = features.to(layout.codes.cu_seqlens.device, self._weight_dtype)
-        samples = self.decoder(features, layout, self._attention_backend(), hidden_states)
+        samples = self._require_decoder()(features, layout, self._attention_backend(), hidden_states)
         return MiMoAudioTokenizerDecoderOutput(
             audio_values=samples.flatten(),
             audio_lengths=layout.codes.lengths.long() * self.config.samples_per_frame,
@@ -1472,7 +1485,7 @@ def _pad_encoder_output(
     output: MiMoAudioTokenizerEncoderOutput, layout: MiMoAudioTokenizerEncoderLayout
 ) -> MiMoAudioTokenizerEncoderOutput:
     return MiMoAudioTokenizerEncoderOutput(
-        audio_codes=layout.codes.pad(output.audio_codes).transpose(1, 2),
+        audio_codes=layout.codes.pad(cast(torch.Tensor, output.audio_codes)).transpose(1, 2),
         audio_codes_mask=layout.codes.mask.long(),
         latents=None if output.latents is None else layout.codes.pad(output.latents),
         hidden_states=None
@@ -1484,7 +1497,7 @@ def _pad_encoder_output(
 def _pad_decoder_output(
     output: MiMoAudioTokenizerDecoderOutput, layout: MiMoAudioTokenizerDecoderLayout
 ) -> MiMoAudioTokenizerDecoderOutput:
-    blocks = output.audio_values.view(layout.audio.total, -1)
+    blocks = cast(torch.Tensor, output.audio_values).view(layout.audio.total, -1)
     return MiMoAudioTokenizerDecoderOutput(
         audio_values=layout.audio.pad(blocks).flatten(1)[:, None],
         audio_lengths=output.audio_lengths,

@@ -1,0 +1,179 @@
+# Copyright 2026 The mimo-audio-hf authors. Licensed under the Apache License, Version 2.0.
+"""Checkpoints: loading a model by name, and writing a fresh one."""
+
+from __future__ import annotations
+
+import logging
+import os
+import re
+import shutil
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from transformers.configuration_utils import PreTrainedConfig
+
+from .configuration_mimo_audio_tokenizer import MiMoAudioTokenizerConfig
+from .feature_extraction_mimo_audio_tokenizer import MiMoAudioTokenizerFeatureExtractor
+from .modeling_mimo_audio_tokenizer import MiMoAudioTokenizerModel
+
+
+logger = logging.getLogger(__name__)
+
+RELEASED_MODEL = "XiaomiMiMo/MiMo-Audio-Tokenizer"
+
+# What differs from the configuration's defaults.
+PRESETS: dict[str, dict[str, Any]] = {
+    "released": {},
+    "tiny": {
+        "d_model": 96,
+        "encoder_layers": 4,
+        "encoder_attention_heads": 3,
+        "encoder_ffn_dim": 384,
+        "decoder_layers": 4,
+        "decoder_attention_heads": 3,
+        "decoder_ffn_dim": 384,
+        "vocoder_dim": 128,
+        "vocoder_num_layers": 4,
+        "vocoder_attention_heads": 4,
+        "vocoder_intermediate_dim": 384,
+    },
+}
+
+# Where a model lies in a repository: MiMo-V2's language models have theirs in a folder.
+_SUBFOLDERS = ("", "audio_tokenizer")
+_HUB_ID = re.compile(r"\w[\w.-]*/\w[\w.-]*")
+_ACCEPTED = (
+    "accepted: 'tiny', a Hub id (owner/name), or a directory that has config.json and model.safetensors, "
+    "itself or in its folder audio_tokenizer"
+)
+
+
+def load_model(
+    model: str | os.PathLike[str] | MiMoAudioTokenizerModel = RELEASED_MODEL,
+    *,
+    device: torch.device | str | None = None,
+    dtype: torch.dtype | None = None,
+    attn_implementation: str | None = None,
+) -> MiMoAudioTokenizerModel:
+    """Load a tokenizer, in evaluation mode.
+
+    Args:
+        model: a Hub id (`owner/name`); a directory, or a MiMo-V2 checkpoint with its tokenizer in the folder
+            `audio_tokenizer` (either may be on the Hub, too); `"tiny"`, the small preset, randomly initialized (a
+            directory of this name is `"./tiny"`); or a loaded model, which is returned itself, its mode unchanged.
+        device: where to put it; by default CUDA if there is any, else MPS, else the CPU. A loaded model stays where it
+            is by default.
+        dtype: the dtype of its weights; by default the checkpoint's, or the loaded model's.
+        attn_implementation: one of `ATTENTION_BACKENDS`, e.g. `"sdpa"`; by default the best one for device and dtype.
+
+    Raises:
+        ValueError: there is no such model, its files are missing, damaged, a pickle, or another model's; or the device
+            or the attention implementation is not available. The message names which.
+    """
+    if isinstance(model, MiMoAudioTokenizerModel):
+        loaded = model
+        target = None if device is None else _available_device(device)
+    else:
+        target = _available_device(_default_device() if device is None else device)
+        if model == "tiny":
+            logger.warning("the tiny model is randomly initialized, not trained: its codes and audio mean nothing")
+            loaded = _initialized_model("tiny", seed=0)
+            loaded.config.name_or_path = "tiny"
+        else:
+            loaded = _read_checkpoint(model, dtype)
+        loaded.eval()
+    if attn_implementation is not None:
+        try:
+            loaded.set_attn_implementation(attn_implementation)
+        except ImportError as error:
+            raise ValueError(f"attn_implementation={attn_implementation!r} is not available: {error}") from error
+    return loaded.to(device=target, dtype=dtype)  # type: ignore[call-arg] # (transformers wraps it untyped)
+
+
+def init_checkpoint(directory: str | os.PathLike[str], preset: str, seed: int = 0) -> MiMoAudioTokenizerModel:
+    """Write the checkpoint of a freshly initialized model: config.json, model.safetensors, preprocessor_config.json.
+
+    Args:
+        directory: where to; made if it does not exist.
+        preset: one of `PRESETS`: `"tiny"` (11 MB) or `"released"` (the released model's size, 4.9 GB).
+        seed: of the weights, which it determines; the global random number generators are left alone.
+
+    Returns:
+        The model, float32 on the CPU.
+
+    Raises:
+        ValueError: an unknown preset, a seed out of range, or a directory that already holds a checkpoint.
+        OSError: the files cannot be written.
+    """
+    directory = Path(directory)
+    present = sorted(file.name for pattern in ("*.safetensors", "*config.json") for file in directory.glob(pattern))
+    if present:
+        raise ValueError(f"{directory} already holds a checkpoint ({', '.join(present)}); accepted: another directory")
+    model = _initialized_model(preset, seed)
+    directory.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=".", dir=directory) as temporary:
+        model.save_pretrained(temporary)
+        MiMoAudioTokenizerFeatureExtractor.from_config(model.config).save_pretrained(temporary)
+        # The configuration last: without it nothing takes the directory for a checkpoint.
+        for file in sorted(Path(temporary).iterdir(), key=lambda file: file.name == "config.json"):
+            shutil.copymode(Path(temporary, "config.json"), file)  # safetensors makes files that nobody else may read
+            os.replace(file, directory / file.name)
+    return model
+
+
+def _initialized_model(preset: str, seed: int) -> MiMoAudioTokenizerModel:
+    if preset not in PRESETS:
+        raise ValueError(f"preset={preset!r}; accepted: {', '.join(map(repr, PRESETS))}")
+    if not 0 <= seed < 2**63:
+        raise ValueError(f"seed={seed}; accepted: 0 to 2**63 - 1")
+    # On the CPU and with its generator only, so that the weights do not depend on the machine.
+    with torch.random.fork_rng(devices=[]), torch.device("cpu"):
+        torch.default_generator.manual_seed(seed)
+        return MiMoAudioTokenizerModel(MiMoAudioTokenizerConfig(**PRESETS[preset]))
+
+
+def _read_checkpoint(model: str | os.PathLike[str], dtype: torch.dtype | None) -> MiMoAudioTokenizerModel:
+    name = os.fspath(model)
+    # A mistyped path must not be looked up on the Hub.
+    is_directory = name != "" and Path(name).is_dir()
+    if not is_directory and not (isinstance(model, str) and _HUB_ID.fullmatch(name)):
+        raise ValueError(f"model={name!r}: there is no such directory; {_ACCEPTED}")
+    options = {} if dtype is None else {"dtype": dtype}
+    try:
+        return MiMoAudioTokenizerModel.from_pretrained(name, subfolder=_find_subfolder(name), **options)
+    except (OSError, SafetensorError) as error:
+        raise ValueError(f"model={name!r}: {' '.join(str(error).split())} {_ACCEPTED}") from error
+
+
+def _find_subfolder(name: str) -> str:
+    """The folder of a directory or Hub repository whose config.json is this model's."""
+    found = []
+    for subfolder in _SUBFOLDERS:
+        config, _ = PreTrainedConfig.get_config_dict(name, subfolder=subfolder)
+        if isinstance(config, dict) and config:
+            # The released config.json has no model_type.
+            model_type = config.get("model_type", MiMoAudioTokenizerConfig.model_type)
+            if model_type == MiMoAudioTokenizerConfig.model_type:
+                return subfolder
+            found.append(f"config.json of a {model_type!r} model")
+    raise ValueError(f"model={name!r}: {', '.join(found) or 'no config.json'}; {_ACCEPTED}")
+
+
+def _default_device() -> str:
+    if torch.cuda.is_available():
+        return "cuda"
+    return "mps" if torch.backends.mps.is_available() else "cpu"
+
+
+def _available_device(device: torch.device | str) -> torch.device:
+    try:
+        available = torch.device(device)
+        torch.empty(0, device=available)
+    except (RuntimeError, AssertionError) as error:
+        accepted = ["cpu", *(f"cuda:{index}" for index in range(torch.cuda.device_count()))]
+        accepted += ["mps"] if torch.backends.mps.is_available() else []
+        raise ValueError(f"device={str(device)!r} is not available here; accepted: {', '.join(accepted)}") from error
+    return available

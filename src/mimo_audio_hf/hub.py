@@ -1,0 +1,198 @@
+# Copyright 2026 The mimo-audio-hf authors. Licensed under the Apache License, Version 2.0.
+"""Hub repositories that load without this package: weights, model code, configuration and a model card.
+
+[`assemble_hub_repository`] makes one from a checkpoint. The folder `hub_card/` of this project's sources shows what it
+writes beside weights and code for the released model; tests/test_hub.py keeps the two alike and says how to renew it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import inspect
+import json
+import os
+import shutil
+import tempfile
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import ModelCard, ModelCardData
+from safetensors import SafetensorError
+from tqdm import tqdm
+from transformers.utils import CONFIG_NAME, FEATURE_EXTRACTOR_NAME, SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
+
+from .configuration_mimo_audio_tokenizer import MiMoAudioTokenizerConfig
+from .feature_extraction_mimo_audio_tokenizer import MiMoAudioTokenizerFeatureExtractor
+from .modeling_mimo_audio_tokenizer import MiMoAudioTokenizerModel
+
+
+CARD_NAME = "README.md"
+AUTO_CLASSES: dict[str, type] = {
+    "AutoConfig": MiMoAudioTokenizerConfig,
+    "AutoFeatureExtractor": MiMoAudioTokenizerFeatureExtractor,
+    "AutoModel": MiMoAudioTokenizerModel,
+    "AutoModelForAudioTokenization": MiMoAudioTokenizerModel,
+}
+
+
+def assemble_hub_repository(
+    checkpoint: str | os.PathLike[str], output_dir: str | os.PathLike[str], *, released: bool = False
+) -> Path:
+    """Makes a checkpoint into a repository that transformers loads with `trust_remote_code=True`.
+
+    The weights are checked against the configuration, without being kept in memory, and copied as they are. Files
+    appear in `output_dir` only once all of them are complete.
+
+    Args:
+        checkpoint: Directory with a `config.json` and safetensors weights, in one file or sharded: upstream's own, or
+            one that this package saved. A checkpoint without any decoder tensor gives a model that only encodes.
+        output_dir: Where to write; a directory that is empty or does not exist.
+        released: The weights are those that Xiaomi released, so the model card tells of them, with their published
+            figures. Nothing in a checkpoint says whose weights it holds: by default the card claims nothing of them.
+
+    Returns:
+        `output_dir`
+
+    Raises:
+        ValueError: `output_dir` is not empty; the checkpoint has no readable configuration or safetensors weights (a
+            pickle is never read); its tensors are not those of its configuration (missing, unexpected and misshaped
+            ones are named); or `released` is set and the configuration is not the released model's.
+    """
+    checkpoint, output_dir = Path(checkpoint), Path(output_dir)
+    if output_dir.exists() and (not output_dir.is_dir() or any(output_dir.iterdir())):
+        raise ValueError(f"{output_dir} exists; accepted: an empty directory or a new one")
+    fields = _read_json(checkpoint / CONFIG_NAME)
+    try:
+        # On the meta device, loading is only the check of every tensor's name and shape.
+        model = MiMoAudioTokenizerModel.from_pretrained(checkpoint, device_map="meta")
+    except (OSError, SafetensorError) as error:
+        reason = str(error).rstrip(".")
+        raise ValueError(f"{checkpoint}: {reason}; accepted: weights in {SAFE_WEIGHTS_NAME}") from error
+    if not model.config.has_decoder:
+        fields["has_decoder"] = False
+    overlay = overlay_files(fields, released=released)
+
+    output_dir.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=".", dir=output_dir) as temporary:
+        repository = Path(temporary)
+        for name, content in overlay.items():
+            (repository / name).write_bytes(content)
+        for source in _weight_files(checkpoint):
+            _copy(source, repository / source.name)
+        # The configuration last: without it nothing takes the directory for a checkpoint.
+        for path in sorted(repository.iterdir(), key=lambda path: path.name == CONFIG_NAME):
+            path.replace(output_dir / path.name)
+    return output_dir
+
+
+def overlay_files(fields: dict[str, Any], *, released: bool = False) -> dict[str, bytes]:
+    """Contents of all files of a Hub repository but the weights: the model's code, its configurations and its card.
+
+    Args:
+        fields: A checkpoint's `config.json`.
+        released: As in [`assemble_hub_repository`].
+
+    Raises:
+        ValueError: as [`assemble_hub_repository`], about the configuration.
+    """
+    config = MiMoAudioTokenizerConfig.from_dict(fields)
+    if released:
+        _require_released(config)
+    sources = {name: Path(inspect.getfile(cls)) for name, cls in AUTO_CLASSES.items()}
+    auto_map = {name: f"{sources[name].stem}.{cls.__name__}" for name, cls in AUTO_CLASSES.items()}
+    model_fields = {
+        "model_type": config.model_type,
+        "architectures": [MiMoAudioTokenizerModel.__name__],
+        "auto_map": auto_map,
+    }
+    extractor_fields = MiMoAudioTokenizerFeatureExtractor.from_config(config).to_dict()
+    extractor_fields["auto_map"] = {"AutoFeatureExtractor": auto_map["AutoFeatureExtractor"]}
+    return {
+        CARD_NAME: f"{_model_card(config, released)}\n".encode(),
+        CONFIG_NAME: _to_json(fields | model_fields),
+        FEATURE_EXTRACTOR_NAME: _to_json(extractor_fields),
+        **{source.name: source.read_bytes() for source in sources.values()},
+    }
+
+
+def add_hub_command(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    """Adds `hub CHECKPOINT OUT`, which [`run_hub`] runs, to a command's subparsers."""
+    parser = subparsers.add_parser(
+        "hub",
+        help="make a checkpoint into a Hub repository that loads without this package",
+        description="Writes weights, model code, configuration and a model card to a directory that transformers "
+        "loads with trust_remote_code=True; `hf upload` publishes it.",
+    )
+    parser.add_argument("checkpoint", metavar="CHECKPOINT", help="directory with config.json and safetensors weights")
+    parser.add_argument("output_dir", metavar="OUT", help="directory to write, new or empty")
+    parser.add_argument(
+        "--released",
+        action="store_true",
+        help="these are the weights that Xiaomi released: write their model card, with the published figures",
+    )
+    parser.set_defaults(run=run_hub)
+
+
+def run_hub(args: argparse.Namespace) -> None:
+    """Runs `hub` and prints what it wrote."""
+    repository = assemble_hub_repository(args.checkpoint, args.output_dir, released=args.released)
+    print(f"{repository}: {', '.join(sorted(path.name for path in repository.iterdir()))}")
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{path} cannot be read: {error}; accepted: a JSON object") from error
+    if not isinstance(content, dict):
+        raise ValueError(f"{path} holds a {type(content).__name__}; accepted: a JSON object")
+    return content
+
+
+def _to_json(fields: dict[str, Any]) -> bytes:
+    return (json.dumps(fields, indent=2) + "\n").encode()
+
+
+def _weight_files(checkpoint: Path) -> list[Path]:
+    """The files that transformers reads: one of all weights, or else the index and its shards."""
+    if (checkpoint / SAFE_WEIGHTS_NAME).is_file():
+        return [checkpoint / SAFE_WEIGHTS_NAME]
+    index = checkpoint / SAFE_WEIGHTS_INDEX_NAME
+    return [index, *(checkpoint / name for name in sorted(set(_read_json(index)["weight_map"].values())))]
+
+
+def _copy(source: Path, target: Path) -> None:
+    """Copies, since training into a repository of hard links would overwrite the checkpoint; with a progress bar."""
+    with (
+        source.open("rb") as reader,
+        target.open("wb") as writer,
+        tqdm.wrapattr(reader, "read", total=source.stat().st_size, desc=source.name, disable=None) as counted,
+    ):
+        shutil.copyfileobj(counted, writer, 2**24)
+
+
+def _require_released(config: MiMoAudioTokenizerConfig) -> None:
+    default = MiMoAudioTokenizerConfig()
+    for field in inspect.signature(MiMoAudioTokenizerConfig).parameters:
+        if field != "kwargs" and getattr(config, field) != getattr(default, field):
+            raise ValueError(
+                f"released=True with {field}={getattr(config, field)!r}; accepted: {getattr(default, field)!r}, "
+                "which the released model has"
+            )
+
+
+def _model_card(config: MiMoAudioTokenizerConfig, released: bool) -> ModelCard:
+    metadata: dict[str, Any] = {
+        "library_name": "transformers",
+        "pipeline_tag": "audio-to-audio" if config.has_decoder else "feature-extraction",
+        "tags": ["audio", "speech", "audio-tokenizer", "neural-audio-codec", "residual-vector-quantization"],
+    }
+    if released:
+        metadata |= {
+            "base_model": "XiaomiMiMo/MiMo-Audio-Tokenizer",
+            "language": ["en", "zh"],
+            "license": "apache-2.0",
+        }
+    template = files(__package__).joinpath("model_card.md").read_text(encoding="utf-8")
+    return ModelCard.from_template(ModelCardData(**metadata), template_str=template, config=config, released=released)

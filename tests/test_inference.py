@@ -1,0 +1,178 @@
+"""Waveforms to codes and back in batches."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+
+from mimo_audio_hf import MiMoAudioTokenizerConfig, MiMoAudioTokenizerFeatureExtractor, MiMoAudioTokenizerModel
+from mimo_audio_hf.checkpoints import PRESETS
+from mimo_audio_hf.inference import decode_codes, encode_waveforms, group_by_seconds
+
+
+# Samples: odd and even numbers of frames, one too short for the STFT's padding, and no order.
+LENGTHS = (5000, 300, 12345, 960, 2400, 24000)
+FRAMES = (6, 2, 13, 2, 3, 26)
+
+
+@pytest.fixture(scope="module")
+def waveforms() -> list[torch.Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    return [torch.randn(length, generator=generator) * 0.1 for length in LENGTHS]
+
+
+@pytest.fixture(scope="module")
+def codes(tiny_model, waveforms) -> list[torch.Tensor]:
+    return encode_waveforms(tiny_model, waveforms)
+
+
+@pytest.fixture(scope="module")
+def encoder_only() -> MiMoAudioTokenizerModel:
+    return MiMoAudioTokenizerModel(MiMoAudioTokenizerConfig(**PRESETS["tiny"], has_decoder=False)).eval()
+
+
+def test_codes_are_int64_frames_first_in_the_order_given(codes):
+    assert [tuple(clip.shape) for clip in codes] == [(frames, 20) for frames in FRAMES]
+    assert {(clip.dtype, clip.device.type) for clip in codes} == {(torch.int64, "cpu")}
+
+
+def test_codes_are_those_of_the_models_own_encode(tiny_model, waveforms, codes):
+    extractor = MiMoAudioTokenizerFeatureExtractor.from_config(tiny_model.config)
+    for waveform, clip in zip(waveforms, codes, strict=True):
+        expected = tiny_model.encode(**extractor(waveform, sampling_rate=24000)).audio_codes[0].t()
+        assert torch.equal(clip, expected)
+
+
+@pytest.mark.parametrize("max_batch_seconds", [0.1, 0.6, math.inf])
+def test_codes_do_not_depend_on_the_batches(tiny_model, waveforms, codes, max_batch_seconds):
+    batched = encode_waveforms(tiny_model, waveforms, max_batch_seconds=max_batch_seconds)
+    for clip, expected in zip(batched, codes, strict=True):
+        assert torch.equal(clip, expected)
+
+
+def test_fewer_codebooks_are_the_first_ones(tiny_model, waveforms, codes):
+    for clip, full in zip(encode_waveforms(tiny_model, waveforms, 3), codes, strict=True):
+        assert torch.equal(clip, full[:, :3])
+
+
+def test_codes_can_be_trained_on(codes):
+    # Tensors made under inference mode cannot be saved for a backward pass.
+    embedding = torch.nn.Embedding(1024, 4)
+    embedding(codes[0][:, 0]).sum().backward()
+    assert embedding.weight.grad.count_nonzero() > 0
+
+
+def test_codes_do_not_hold_their_batch(codes):
+    assert all(clip.untyped_storage().nbytes() == clip.nbytes for clip in codes)
+
+
+def test_waveforms_are_those_of_the_models_own_decode(tiny_model, codes):
+    decoded = decode_codes(tiny_model, codes)
+    assert [tuple(waveform.shape) for waveform in decoded] == [(960 * frames,) for frames in FRAMES]
+    for waveform, clip in zip(decoded, codes, strict=True):
+        expected = tiny_model.decode(clip.t()[None]).audio_values[0, 0]
+        assert (waveform.dtype, waveform.device.type) == (torch.float32, "cpu")
+        torch.testing.assert_close(waveform, expected, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("max_batch_seconds", [0.1, 0.6, math.inf])
+def test_waveforms_do_not_depend_on_the_batches(tiny_model, codes, max_batch_seconds):
+    alone = [decode_codes(tiny_model, [clip])[0] for clip in codes]
+    for waveform, expected in zip(
+        decode_codes(tiny_model, codes, max_batch_seconds=max_batch_seconds), alone, strict=True
+    ):
+        torch.testing.assert_close(waveform, expected, rtol=0, atol=1e-5)
+
+
+def test_clips_with_several_numbers_of_codebooks_and_integer_dtypes(tiny_model, codes):
+    mixed = [codes[0][:, :8].short(), codes[1], codes[2][:, :8], codes[3][:, :1].int()]
+    for waveform, clip in zip(decode_codes(tiny_model, mixed), mixed, strict=True):
+        torch.testing.assert_close(waveform, decode_codes(tiny_model, [clip])[0], rtol=0, atol=1e-5)
+
+
+def test_nothing_gives_nothing(tiny_model):
+    assert encode_waveforms(tiny_model, []) == []
+    assert decode_codes(tiny_model, []) == []
+
+
+def test_progress_counts_the_seconds_of_every_batch(tiny_model, waveforms, codes):
+    encoded: list[float] = []
+    encode_waveforms(tiny_model, waveforms, max_batch_seconds=0.6, progress=encoded.append)
+    # The longest first: 1 s is over the budget and runs alone; the others fit in 0.6 s and 0.36 s.
+    assert encoded == pytest.approx([1.0, 12345 / 24000, (5000 + 2400 + 960 + 300) / 24000])
+
+    decoded: list[float] = []
+    decode_codes(tiny_model, codes, max_batch_seconds=0.6, progress=decoded.append)
+    assert decoded == pytest.approx([26 * 0.04, 13 * 0.04, (6 + 3 + 2 + 2) * 0.04])
+
+
+@pytest.mark.parametrize(
+    ("waveform", "fault"),
+    [
+        (torch.zeros(0), "empty"),
+        (torch.zeros(2, 100), "mono"),
+        (torch.zeros(100, dtype=torch.int16), "int16"),
+        (torch.full((100,), math.nan), "NaN"),
+        (torch.full((100,), math.inf), "infinite"),
+    ],
+)
+def test_a_bad_waveform_is_named_by_its_place(tiny_model, waveforms, waveform, fault):
+    with pytest.raises(ValueError, match=rf"waveforms\[1\].*{fault}"):
+        encode_waveforms(tiny_model, [waveforms[0], waveform])
+
+
+@pytest.mark.parametrize(
+    ("clip", "fault"),
+    [
+        (torch.zeros(0, 20, dtype=torch.long), r"shape \(0, 20\)"),
+        (torch.zeros(5, 21, dtype=torch.long), r"shape \(5, 21\)"),
+        (torch.zeros(5, 0, dtype=torch.long), r"shape \(5, 0\)"),
+        (torch.zeros(1, 5, 20, dtype=torch.long), r"shape \(1, 5, 20\)"),
+        (torch.zeros(5, 20), "torch.float32"),
+        (torch.zeros(5, 20, dtype=torch.bool), "torch.bool"),
+        (torch.full((5, 20), 128), "codebook 2 .*0 to 127"),
+        (torch.full((5, 20), -1), "codebook 0 .*0 to 1023"),
+    ],
+)
+def test_bad_codes_are_named_by_their_place_before_anything_is_decoded(tiny_model, codes, clip, fault):
+    decoded: list[float] = []
+    with pytest.raises(ValueError, match=rf"codes\[1\].*{fault}"):
+        decode_codes(tiny_model, [codes[0], clip], max_batch_seconds=0.1, progress=decoded.append)
+    assert decoded == []
+
+
+@pytest.mark.parametrize("num_quantizers", [0, 21])
+def test_more_codebooks_than_there_are(tiny_model, waveforms, num_quantizers):
+    with pytest.raises(ValueError, match=f"num_quantizers={num_quantizers}; accepted: 1 to 20"):
+        encode_waveforms(tiny_model, waveforms, num_quantizers)
+
+
+@pytest.mark.parametrize("max_batch_seconds", [0, -1, math.nan])
+def test_a_budget_that_is_not_positive(tiny_model, waveforms, codes, max_batch_seconds):
+    with pytest.raises(ValueError, match="max_batch_seconds"):
+        encode_waveforms(tiny_model, waveforms, max_batch_seconds=max_batch_seconds)
+    with pytest.raises(ValueError, match="max_batch_seconds"):
+        decode_codes(tiny_model, codes, max_batch_seconds=max_batch_seconds)
+
+
+def test_a_model_without_decoder_encodes_only(encoder_only, waveforms):
+    codes = encode_waveforms(encoder_only, waveforms[:2])
+    with pytest.raises(ValueError, match="cannot decode"):
+        decode_codes(encoder_only, codes)
+
+
+def test_groups_stay_within_the_budget_and_take_nothing_in_advance():
+    taken: list[float] = []
+
+    def items():
+        for seconds in (3.0, 4.0, 3.0, 20.0, 1.0):
+            taken.append(seconds)
+            yield seconds
+
+    groups = group_by_seconds(items(), float, 10.0)
+    assert taken == []
+    assert next(groups) == [3.0, 4.0, 3.0]
+    assert taken == [3.0, 4.0, 3.0, 20.0]
+    assert list(groups) == [[20.0], [1.0]]
