@@ -312,7 +312,7 @@ def test_card_of_any_checkpoint_claims_nothing():
 def test_card_of_the_released_model():
     card = ModelCard.load(HUB_CARD / "README.md")  # checks the metadata's form
     metadata = card.data.to_dict()
-    assert metadata["license"] == "apache-2.0"
+    assert metadata["license"] == "mit"
     assert metadata["library_name"] == "transformers"
     assert metadata["pipeline_tag"] == "audio-to-audio"
     assert metadata["base_model"] == "XiaomiMiMo/MiMo-Audio-Tokenizer"

@@ -13,6 +13,16 @@ from transformers.configuration_utils import PreTrainedConfig
 RELEASED_CODEBOOK_SIZE = [1024, 1024] + 18 * [128]
 
 
+def single_auto_classes(fields: dict[str, Any]) -> dict[str, Any]:
+    """Undoes what transformers does to remote code on saving: it takes every class with "Tokenizer" in its name for a
+    text tokenizer and writes a pair (class, None) to `auto_map`, which no auto class can load.
+    """
+    if "auto_map" in fields:
+        auto_map = fields["auto_map"].items()
+        fields["auto_map"] = {name: entry if isinstance(entry, str) else entry[0] for name, entry in auto_map}
+    return fields
+
+
 class MiMoAudioTokenizerConfig(PreTrainedConfig):
     r"""
     Configuration of a [`MiMoAudioTokenizerModel`].
@@ -213,6 +223,9 @@ class MiMoAudioTokenizerConfig(PreTrainedConfig):
     def frame_rate(self) -> float:
         """Frames of codes per second (25 in the released model)."""
         return self.sampling_rate / (self.hop_length * self.stride_size * self.avg_pooler)
+
+    def to_dict(self) -> dict[str, Any]:
+        return single_auto_classes(super().to_dict())
 
     def bitrate(self, num_quantizers: int | None = None) -> float:
         """Bits per second of the first `num_quantizers` codebooks (all of them by default)."""

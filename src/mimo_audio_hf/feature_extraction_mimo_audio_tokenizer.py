@@ -14,6 +14,8 @@ from transformers.configuration_utils import PreTrainedConfig
 from transformers.feature_extraction_sequence_utils import SequenceFeatureExtractor
 from transformers.feature_extraction_utils import BatchFeature
 
+from .configuration_mimo_audio_tokenizer import single_auto_classes
+
 
 # Floor under the logarithm, as upstream has it.
 LOG_MEL_FLOOR = 1e-7
@@ -97,6 +99,9 @@ class MiMoAudioTokenizerFeatureExtractor(SequenceFeatureExtractor):
             if not config:
                 raise
             return cls._fields_of(config), kwargs
+
+    def to_dict(self) -> dict[str, Any]:
+        return single_auto_classes(super().to_dict())
 
     def log_mel_spectrogram(self, waveform: torch.Tensor) -> torch.Tensor:
         """Log-mel spectrogram of one clip: (samples,) float32 to (n_mels, 1 + samples // hop_length).

@@ -192,7 +192,7 @@ def _model_card(config: MiMoAudioTokenizerConfig, released: bool) -> ModelCard:
         metadata |= {
             "base_model": "XiaomiMiMo/MiMo-Audio-Tokenizer",
             "language": ["en", "zh"],
-            "license": "apache-2.0",
+            "license": "mit",  # as Xiaomi labels the MiMo-Audio family
         }
     template = files(__package__).joinpath("model_card.md").read_text(encoding="utf-8")
     return ModelCard.from_template(ModelCardData(**metadata), template_str=template, config=config, released=released)

@@ -32,6 +32,7 @@ logger = logging.get_logger(__name__)
 # Queries a program, and the most keys: one tile of scores has to fit into the registers.
 QUERIES = 64
 MAX_KEYS = 256
+HEAD_DIMS = (16, 32, 64, 128)
 
 if triton is not None:
 
@@ -122,7 +123,8 @@ def triton_attention_forward(
     """Attention within a narrow window in one tile of scores; PyTorch's FlashAttention for every other."""
     keys = triton.next_power_of_2(QUERIES + sum(window))
     needs_gradient = torch.is_grad_enabled() and (query.requires_grad or key.requires_grad or value.requires_grad)
-    if min(window) < 0 or keys > MAX_KEYS or needs_gradient:
+    fits = min(window) >= 0 and keys <= MAX_KEYS and query.shape[2] in HEAD_DIMS
+    if needs_gradient or not fits:
         return torch_varlen_attention_forward(query, key, value, attention_mask, scaling, sequences, window)
     query, key, value = query.contiguous(), key.contiguous(), value.contiguous()
     total, heads, head_dim = query.shape

@@ -1485,7 +1485,7 @@ def _pad_encoder_output(
     output: MiMoAudioTokenizerEncoderOutput, layout: MiMoAudioTokenizerEncoderLayout
 ) -> MiMoAudioTokenizerEncoderOutput:
     return MiMoAudioTokenizerEncoderOutput(
-        audio_codes=layout.codes.pad(cast(torch.Tensor, output.audio_codes)).transpose(1, 2),
+        audio_codes=layout.codes.pad(cast(torch.Tensor, output.audio_codes)).transpose(1, 2).contiguous(),
         audio_codes_mask=layout.codes.mask.long(),
         latents=None if output.latents is None else layout.codes.pad(output.latents),
         hidden_states=None

@@ -1,0 +1,107 @@
+"""GPU kernels against float64, and the backends against each other. Skipped where there is no GPU."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from golden import expected_clips, load_golden, pad_features
+from transformers.utils import is_flash_attn_2_available
+
+from mimo_audio_hf import kernels
+from mimo_audio_hf import modeling_mimo_audio_tokenizer as modeling
+
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="these tests need a CUDA GPU"),
+]
+HALF_PRECISION = [
+    name
+    for name, backend in modeling.ATTENTION_BACKENDS.items()
+    if backend.half_precision_on_cuda and (name != "flash_attention_2" or is_flash_attn_2_available())
+]
+
+
+def error(actual: torch.Tensor, expected: torch.Tensor) -> float:
+    return ((actual.double() - expected).norm() / expected.norm()).item()
+
+
+@pytest.mark.parametrize("name", [*HALF_PRECISION, "sdpa"])
+@pytest.mark.parametrize(
+    ("heads", "head_dim", "window"),
+    [(16, 16, (40, 10)), (20, 64, (128, 0)), (4, 32, (5, 3)), (2, 64, (0, 0)), (2, 64, (-1, -1)), (2, 64, (-1, 0))],
+)
+def test_attention(name, heads, head_dim, window):
+    sequences = modeling.PackedSequences.from_lengths([1, 7, 130, 64, 65, 300, 2000], "cuda")
+    generator = torch.Generator("cuda").manual_seed(0)
+    query, key, value = (
+        torch.randn(sequences.total, heads, head_dim, device="cuda", dtype=torch.bfloat16, generator=generator)
+        for _ in range(3)
+    )
+    arguments = {"scaling": head_dim**-0.5, "sequences": sequences, "window": window}
+    backend = modeling.ATTENTION_BACKENDS[name]
+    mask = backend.make_mask(sequences, window) if backend.make_mask else None
+    with torch.inference_mode():
+        output = backend.attend(query, key, value, attention_mask=mask, **arguments)
+        expected = modeling.eager_attention_forward(
+            *(states.double() for states in (query, key, value)),
+            attention_mask=modeling.padded_mask(sequences, window),
+            **arguments,
+        )
+    # bfloat16 has 8 bits: weights and outputs are each rounded to 2**-9, of which about 2e-3 remains on average.
+    assert error(output, expected) < 4e-3
+
+
+@pytest.mark.parametrize(("heads", "head_dim"), [(20, 64), (16, 16), (3, 32)])
+def test_rotary(heads, head_dim):
+    query, key = (torch.randn(777, heads, head_dim, device="cuda", dtype=torch.bfloat16) for _ in range(2))
+    angles = torch.rand(777, 1, head_dim // 2, device="cuda") * 6
+    cos, sin = angles.cos().bfloat16(), angles.sin().bfloat16()
+    with torch.inference_mode():
+        outputs = kernels.triton_rotary(query, key, cos, sin)
+    expected = modeling.apply_rotary(*(states.double() for states in (query, key, cos, sin)))
+    for actual, reference in zip(outputs, expected, strict=True):
+        assert error(actual, reference) < 2.5e-3
+
+
+def test_gradients_go_through_pytorchs_kernels():
+    model = load_golden("base").bfloat16().cuda().train()
+    features, mask = pad_features([clip["mel"] for clip in expected_clips("base")[3:]])
+    assert model.attn_implementation == "triton_varlen"
+    model(features.cuda(), mask.cuda()).loss.backward()
+    assert all(parameter.grad is not None for parameter in model.parameters())
+
+
+@torch.no_grad()
+def test_float32_codes_are_upstreams():
+    model = load_golden("base").cuda()
+    clips = expected_clips("base")
+    features, mask = pad_features([clip["mel"] for clip in clips])
+    output = model.encode(features.cuda(), mask.cuda())
+    for index, clip in enumerate(clips):
+        assert torch.equal(output.audio_codes[index, :, : len(clip["codes"])].T.cpu(), clip["codes"].long())
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", HALF_PRECISION)
+def test_packed_core_never_waits_for_the_gpu(name):
+    model = load_golden("base", attn_implementation=name).bfloat16().cuda()
+    lengths = [300, 41, 1000]
+    layout = model.encoder_layout(lengths)
+    decoder_layout = model.decoder_layout(model.encoder.code_lengths(lengths))
+    packed = torch.randn(sum(lengths), 128, device="cuda")
+    for mode in ("default", "error"):  # once to build kernels
+        torch.cuda.set_sync_debug_mode(mode)
+        try:
+            codes = model.encode(packed, layout=layout).audio_codes
+            model.decode(codes, layout=decoder_layout)
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+
+
+@torch.no_grad()
+def test_codes_out_of_range_raise_and_leave_the_gpu_usable():
+    model = load_golden("base").bfloat16().cuda()
+    with pytest.raises(ValueError, match="codebook 2"):
+        model.decode(torch.full((1, 6, 5), 16, device="cuda"))
+    assert model.decode(torch.zeros(1, 6, 5, dtype=torch.long, device="cuda")).audio_values.isfinite().all()
