@@ -1,0 +1,80 @@
+"""The README's examples, run as they stand but for the released model, in whose place stands a small one."""
+
+from __future__ import annotations
+
+import re
+import shlex
+import shutil
+from pathlib import Path
+
+import pytest
+import soundfile
+import torch
+
+from mimo_audio_hf.checkpoints import RELEASED_MODEL
+from mimo_audio_hf.cli import main
+
+
+ROOT = Path(__file__).parent.parent
+README = (ROOT / "README.md").read_text()
+RECORDING = ROOT / "tests" / "fixtures" / "audio" / "prompt_speech_en_m.wav"
+
+
+def blocks(language: str) -> list[str]:
+    return re.findall(rf"```{language}\n(.*?)```", README, re.DOTALL)
+
+
+@pytest.fixture
+def workplace(tmp_path, monkeypatch) -> Path:
+    monkeypatch.chdir(tmp_path)
+    shutil.copy(RECORDING, "speech.wav")
+    audio, rate = soundfile.read("speech.wav")
+    soundfile.write("other.flac", audio[:30001], rate)
+    Path("recordings").mkdir()
+    shutil.copy("speech.wav", "recordings")
+    shutil.copy("other.flac", "recordings")
+    return tmp_path
+
+
+def test_python_examples(workplace, tiny_checkpoint):
+    source = "\n".join(blocks("python"))
+    assert RELEASED_MODEL in source
+    namespace: dict = {"__name__": "readme"}
+    exec(compile(source.replace(RELEASED_MODEL, str(tiny_checkpoint)), "README.md", "exec"), namespace)
+    assert soundfile.info("decoded0.wav").frames == soundfile.info("speech.wav").frames
+    assert soundfile.info("decoded1.wav").frames == 30001
+    assert [len(waveform) for waveform in namespace["waveforms"]] == [960 * n for n in namespace["codes_lens"]]
+    # The last example's codes are the first one's: upstream's interface over the same model.
+    first = namespace["encoded"].audio_codes.transpose(1, 2)
+    assert torch.equal(namespace["codes"], first)
+
+
+def test_command_line_examples(workplace, tiny_checkpoint, capsys):
+    (commands,) = blocks("console")
+    for line in commands.splitlines():
+        program, command, *arguments = shlex.split(line.replace(RELEASED_MODEL, str(tiny_checkpoint)))
+        assert program == "mimo-audio"
+        if command in ("encode", "decode", "roundtrip"):  # for the released model, which is their default
+            arguments += ["--model", str(tiny_checkpoint), "--device", "cpu"]
+        assert main([command, *arguments]) == 0, capsys.readouterr().err
+    frames = soundfile.info("speech.wav").frames
+    for name in ("decoded.wav", "eight.wav", "decoded/speech.flac"):
+        assert soundfile.info(name).frames == frames
+    assert soundfile.info("decoded/other.flac").frames == 30001
+    assert Path("my-repository", "modeling_mimo_audio_tokenizer.py").is_file()
+
+
+def test_first_command(workplace, monkeypatch):
+    command = blocks("bash")[0].strip()
+    install, run = command.split(" && ")
+    assert install == "pip install -e ."
+    program, *arguments = shlex.split(run)
+    assert program == "mimo-audio"
+    monkeypatch.chdir(ROOT)
+    arguments[2] = str(workplace / arguments[2])
+    assert main(arguments) == 0
+    assert soundfile.info(workplace / "roundtrip.wav").frames == soundfile.info(RECORDING).frames
+
+
+def test_second_command_is_what_ci_runs():
+    assert blocks("bash")[1].strip() in (ROOT / ".ci" / "run").read_text().splitlines()
