@@ -2,7 +2,8 @@
 
     python benchmarks/released_on_cpu.py tests/fixtures/audio/prompt_speech_en_m.wav --output results.json
 
-The checkpoint is randomly initialized and written to a temporary folder (5 GB). Each command runs in a process of its
+The checkpoint is randomly initialized and written to a temporary folder (5 GB); its tensors' names and shapes are held
+against those of the released checkpoint. Each command runs in a process of its
 own, whose peak resident memory is what the operating system counted.
 """
 
@@ -20,9 +21,11 @@ from pathlib import Path
 
 import soundfile
 import torch
-import transformers
+from safetensors import safe_open
+from workloads import report
 
-from mimo_audio_hf import __version__
+
+RELEASED_SHAPES = Path(__file__).parent.parent / "tests" / "fixtures" / "golden" / "released_state_dict_shapes.json"
 
 
 def run(*arguments: str | Path) -> dict[str, float]:
@@ -39,6 +42,14 @@ def run(*arguments: str | Path) -> dict[str, float]:
     }
 
 
+def saved_shapes(checkpoint: Path) -> dict[str, list[int]]:
+    shapes = {}
+    for path in checkpoint.glob("*.safetensors"):
+        with safe_open(path, framework="pt") as file:
+            shapes |= {name: file.get_slice(name).get_shape() for name in file.keys()}  # noqa: SIM118 (no dictionary)
+    return shapes
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("recording", type=Path)
@@ -48,27 +59,15 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         checkpoint, audio = Path(folder, "released"), Path(folder, "roundtrip.wav")
         results["init"] = run("init", checkpoint, "--preset", "released")
+        if saved_shapes(checkpoint) != json.loads(RELEASED_SHAPES.read_text()):
+            raise SystemExit("the saved tensors are not those of the released checkpoint")
         for dtype in ("float32", "bfloat16"):
             options = ["--model", checkpoint, "--device", "cpu", "--dtype", dtype]
             results[dtype] = run("roundtrip", args.recording, audio, *options)
             if soundfile.info(audio).frames != soundfile.info(args.recording).frames:
                 raise SystemExit(f"{dtype}: {soundfile.info(audio).frames} samples came back")
-    document = {
-        "benchmark": "released_on_cpu",
-        "command": " ".join(["python", *sys.argv]),
-        "device": f"{platform.machine()} CPU, {torch.get_num_threads()} threads",
-        "versions": {
-            "mimo_audio_hf": __version__,
-            "python": platform.python_version(),
-            "torch": torch.__version__,
-            "transformers": transformers.__version__,
-        },
-        "results": results,
-    }
-    text = json.dumps(document, indent=2)
-    print(text)
-    if args.output is not None:
-        args.output.write_text(text + "\n")
+    device = f"{platform.machine()} CPU, {torch.get_num_threads()} threads"
+    report("released_on_cpu", results, args.output, device)
 
 
 if __name__ == "__main__":

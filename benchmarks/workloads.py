@@ -98,12 +98,12 @@ def measured_ceiling(size: int = 8192) -> float:
     return 2 * size**3 / seconds_of(lambda: a @ b)
 
 
-def report(name: str, results: dict[str, Any], output: Path | None) -> None:
-    """Prints the results as JSON and writes them beside what they were measured on."""
+def report(name: str, results: dict[str, Any], output: Path | None, device: str | None = None) -> None:
+    """Prints the results as JSON and writes them beside what they were measured on, by default the GPU."""
     document = {
         "benchmark": name,
         "command": " ".join(["python", *sys.argv]),
-        "device": torch.cuda.get_device_name(),
+        "device": device or torch.cuda.get_device_name(),
         "versions": {
             "mimo_audio_hf": __version__,
             "python": platform.python_version(),

@@ -1443,6 +1443,7 @@ class MiMoAudioTokenizerModel(MiMoAudioTokenizerPreTrainedModel):
         )
 
 
+@torch.compiler.assume_constant_result  # decided once, when a graph is compiled
 def _best_attn_implementation(device: torch.device, dtype: torch.dtype) -> str:
     if (
         device.type == "cuda"
