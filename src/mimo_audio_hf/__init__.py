@@ -11,6 +11,7 @@ from .audio import load_audio, save_audio
 from .checkpoints import load_model
 from .codes import AudioCodes
 from .configuration_mimo_audio_tokenizer import MiMoAudioTokenizerConfig
+from .dataset import detokenize_audio, tokenize_audio
 from .feature_extraction_mimo_audio_tokenizer import MiMoAudioTokenizerFeatureExtractor
 from .inference import decode_codes, encode_waveforms
 from .modeling_mimo_audio_tokenizer import MiMoAudioTokenizerModel
@@ -29,8 +30,10 @@ __all__ = [
     "MiMoAudioTokenizerModel",
     "__version__",
     "decode_codes",
+    "detokenize_audio",
     "encode_waveforms",
     "load_audio",
     "load_model",
     "save_audio",
+    "tokenize_audio",
 ]
