@@ -90,6 +90,7 @@ def test_evaluation_mode_leaves_the_codebooks_alone():
     quantizer = MiMoAudioTokenizerResidualVectorQuantizer(config).eval()
     for codebook in quantizer.codebooks:
         codebook.embed.normal_(generator=torch.Generator().manual_seed(0))
+        codebook.embed_avg.copy_(codebook.embed)
     before = {key: tensor.clone() for key, tensor in quantizer.state_dict().items()}
     x = torch.randn(50, 64)
     quantized, codes, loss = quantizer(x, 4, torch.float32)

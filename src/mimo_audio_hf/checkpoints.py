@@ -152,8 +152,11 @@ def _find_subfolder(name: str) -> str:
     """The folder of a directory or Hub repository whose config.json is this model's."""
     found = []
     for subfolder in _SUBFOLDERS:
-        config, _ = PreTrainedConfig.get_config_dict(name, subfolder=subfolder)
-        if isinstance(config, dict) and config:
+        try:
+            config, _ = PreTrainedConfig.get_config_dict(name, subfolder=subfolder)
+        except TypeError:  # of older transformers, where the file holds no object
+            continue
+        if isinstance(config, dict) and config.keys() - {"_commit_hash"}:
             # The released config.json has no model_type.
             model_type = config.get("model_type", MiMoAudioTokenizerConfig.model_type)
             if model_type == MiMoAudioTokenizerConfig.model_type:

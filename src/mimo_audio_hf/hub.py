@@ -96,7 +96,7 @@ def overlay_files(fields: dict[str, Any], *, released: bool = False) -> dict[str
     Raises:
         ValueError: as [`assemble_hub_repository`], about the configuration.
     """
-    config = MiMoAudioTokenizerConfig.from_dict(fields)
+    config = MiMoAudioTokenizerConfig.from_dict(dict(fields))  # which older transformers add to
     if released:
         _require_released(config)
     sources = {name: Path(inspect.getfile(cls)) for name, cls in AUTO_CLASSES.items()}

@@ -1,0 +1,230 @@
+# Copyright 2026 The mimo-audio-hf authors. Licensed under the Apache License, Version 2.0.
+"""Upstream's command `mimo_audio_tokenizer`, flag for flag: a list of clips to tokens, tokens to audio, or both.
+
+    torchrun --nproc_per_node=8 $(which mimo_audio_tokenizer) --model_path M --data_list data.jsonl --batch_size 64
+
+It runs alone or under torchrun and `accelerate launch`, on CPUs too. A line of the list is a JSON object with `key`
+and, depending on the task, the paths `wav`, `quantized_tokens` and `reconstructed_wav`. A token file is
+`{"quantized_tokens": [[...], ...], "info": {...}}`, frames first, the line and timings being its info.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from accelerate import PartialState
+from accelerate.utils import gather_object
+from torch.utils.data import DataLoader, Dataset
+from tqdm import tqdm
+
+from .audio import load_audio, save_audio
+from .checkpoints import load_model
+from .files import replacing
+from .inference import decode_codes, encode_waveforms
+
+
+# What a line of the list has to name: what is read and what is written.
+TASKS: dict[str, tuple[str, tuple[str, ...]]] = {
+    "wav2token": ("wav", ("quantized_tokens",)),
+    "token2wav": ("quantized_tokens", ("reconstructed_wav",)),
+    "wav2token2wav": ("wav", ("quantized_tokens", "reconstructed_wav")),
+}
+
+
+@dataclass(frozen=True)
+class Clip:
+    """A line of the list, and what was read for it or why it could not be."""
+
+    info: dict[str, Any]
+    data: torch.Tensor | None = None
+    error: str | None = None
+
+
+class _Clips(Dataset[Clip]):
+    """Reads the clips' files, in the data loader's worker processes."""
+
+    def __init__(self, lines: Sequence[dict[str, Any]], source: str, sampling_rate: int) -> None:
+        self.lines = lines
+        self.source = source
+        self.sampling_rate = sampling_rate
+
+    def __len__(self) -> int:
+        return len(self.lines)
+
+    def __getitem__(self, index: int) -> Clip:
+        info = self.lines[index]
+        try:
+            path = info[self.source]
+            data = load_audio(path, self.sampling_rate) if self.source == "wav" else load_tokens(path)
+        except (ValueError, OSError) as error:
+            return Clip(info, error=str(error))
+        return Clip(info, data)
+
+
+def load_tokens(path: str) -> torch.Tensor:
+    """Codes (frames, codebooks) int64 of a token file.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: it is no token file; the message names it.
+    """
+    try:
+        tokens = torch.tensor(json.loads(Path(path).read_text(encoding="utf-8"))["quantized_tokens"])
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{path}: no token file ({error}); accepted: {{'quantized_tokens': [[...], ...]}}") from error
+    if tokens.ndim != 2 or not tokens.numel() or tokens.is_floating_point():
+        raise ValueError(f"{path}: quantized_tokens have shape {tuple(tokens.shape)}; accepted: (frames, codebooks)")
+    return tokens
+
+
+def save_tokens(path: str, codes: torch.Tensor, info: dict[str, Any]) -> None:
+    """Write codes (frames, codebooks) as upstream does."""
+    with replacing(Path(path)) as temporary:
+        document = {"quantized_tokens": codes.tolist(), "info": info}
+        temporary.write_text(json.dumps(document, ensure_ascii=False, indent=4), encoding="utf-8")
+
+
+def read_list(path: str | Path, task: str) -> tuple[list[dict[str, Any]], list[str]]:
+    """The usable lines of a JSON-lines list, and what is wrong with the others.
+
+    Raises:
+        OSError: the list cannot be read.
+        ValueError: two lines write the same file.
+    """
+    source, targets = TASKS[task]
+    lines: list[dict[str, Any]] = []
+    problems: list[str] = []
+    written: dict[str, int] = {}
+    with open(path, encoding="utf-8") as file:
+        for number, text in enumerate(file, start=1):
+            if not text.strip():
+                continue
+            try:
+                line = json.loads(text)
+            except json.JSONDecodeError as error:
+                problems.append(f"{path}, line {number}: {error}; accepted: a JSON object")
+                continue
+            required = ("key", source, *targets)
+            missing = [name for name in required if not isinstance(line, dict) or not isinstance(line.get(name), str)]
+            if missing:
+                problems.append(f"{path}, line {number}: {missing[0]} is missing; accepted: {', '.join(required)}")
+                continue
+            for name in targets:
+                other = written.setdefault(line[name], number)
+                if other != number:
+                    raise ValueError(f"{path}, lines {other} and {number} both write {line[name]}")
+            lines.append(line)
+    return lines, problems
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line. Returns the exit status: 0, or 1 if anything failed."""
+    parser = argparse.ArgumentParser(prog="mimo_audio_tokenizer", description="A list of clips to tokens and back.")
+    parser.add_argument("--model_path", required=True, help="directory or Hub id of the model")
+    parser.add_argument("--data_list", required=True, help="JSON lines with key, wav, quantized_tokens, ...")
+    parser.add_argument("--batch_size", required=True, type=int, help="clips at a time, in each process")
+    parser.add_argument("--num_workers", type=int, default=4, help="processes that read files, for each process")
+    parser.add_argument("--prefetch", type=int, default=5, help="batches that each of them reads ahead")
+    parser.add_argument("--seed", type=int, default=1986, help="accepted for upstream's sake: nothing here is random")
+    parser.add_argument("--num_quantizers", type=int, default=None, help="codebooks to use, from the first")
+    parser.add_argument("--task", choices=list(TASKS), default="wav2token", help="what to do (default: %(default)s)")
+    parser.add_argument("--dtype", choices=["float32", "bfloat16", "float16"], help="bfloat16 on CUDA, else float32")
+    args = parser.parse_args(argv)
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    try:
+        failures = run(args)
+    except (ValueError, OSError) as error:
+        print(f"mimo_audio_tokenizer: error: {error}", file=sys.stderr)
+        return 1
+    return 1 if failures else 0
+
+
+def run(args: argparse.Namespace) -> int:
+    """Do the work of this process. Returns the number of failures in all processes."""
+    if args.batch_size < 1:
+        raise ValueError(f"--batch_size {args.batch_size}; accepted: 1 or more")
+    lines, problems = read_list(args.data_list, args.task)
+    state = PartialState(cpu=not torch.cuda.is_available())  # it would not see other processes without a GPU else
+    failures = [*problems] if state.is_main_process else []
+    source, targets = TASKS[args.task]
+
+    device = state.device
+    dtype = getattr(torch, args.dtype) if args.dtype else torch.bfloat16 if device.type == "cuda" else torch.float32
+    model = load_model(args.model_path, device=device, dtype=dtype)
+    sampling_rate = model.config.sampling_rate
+
+    def save(info: dict[str, Any], codes: torch.Tensor, waveform: torch.Tensor | None) -> None:
+        if "quantized_tokens" in targets:
+            save_tokens(info["quantized_tokens"], codes, info)
+        if waveform is not None:
+            save_audio(info["reconstructed_wav"], waveform, sampling_rate)
+
+    started = time.perf_counter()
+    mine = lines[state.process_index :: state.num_processes]
+    seconds = 0.0
+    saving: list[tuple[str, Future[None]]] = []
+    with (
+        ThreadPoolExecutor(max_workers=min(8, args.batch_size)) as writer,
+        tqdm(total=len(mine), unit="clip", disable=None if state.is_main_process else True) as bar,
+    ):
+        for batch in _batches(mine, source, sampling_rate, args):
+            failures += [f"{clip.info['key']}: {clip.error}" for clip in batch if clip.error is not None]
+            good = [(clip.info, clip.data) for clip in batch if clip.data is not None]
+            begun = time.perf_counter()
+            if source == "wav":
+                codes = encode_waveforms(model, [data for _, data in good], args.num_quantizers)
+            else:
+                codes = [data for _, data in good]
+            waveforms: Sequence[torch.Tensor | None] = [None] * len(good)
+            if "reconstructed_wav" in targets:
+                waveforms = decode_codes(model, codes)
+            timing = {"batch_size": len(good), "model_inference_time": time.perf_counter() - begun}
+            for (info, _), clip_codes, waveform in zip(good, codes, waveforms, strict=True):
+                described = info | {"timing_stats": timing} if source == "wav" else info
+                saving.append((info["key"], writer.submit(save, described, clip_codes, waveform)))
+                seconds += len(clip_codes) * model.config.samples_per_frame / sampling_rate
+            bar.update(len(batch))
+            bar.set_postfix_str(f"{seconds / (time.perf_counter() - started):.0f} s of audio/s")
+    failures += [f"{key}: {error}" for key, future in saving if (error := future.exception()) is not None]
+
+    for failure in failures:
+        print(f"mimo_audio_tokenizer: failed: {failure}", file=sys.stderr)
+    # Together, for torchrun ends all processes as soon as one of them fails.
+    everyone = gather_object([(len(failures), seconds)])
+    failed = sum(number for number, _ in everyone)
+    if state.is_main_process:
+        elapsed = time.perf_counter() - started
+        total = sum(audio for _, audio in everyone)
+        done = len(lines) + len(problems) - failed
+        print(f"{args.task}: {done} of {len(lines) + len(problems)} clips, {total:.1f} s of audio in {elapsed:.1f} s")
+    if state.num_processes > 1:
+        state.destroy_process_group()
+    return failed
+
+
+def _batches(
+    lines: Sequence[dict[str, Any]], source: str, sampling_rate: int, args: argparse.Namespace
+) -> Iterator[list[Clip]]:
+    loader: DataLoader[Clip] = DataLoader(
+        _Clips(lines, source, sampling_rate),
+        batch_size=args.batch_size,
+        num_workers=args.num_workers,
+        prefetch_factor=args.prefetch if args.num_workers else None,
+        collate_fn=list,
+    )
+    return iter(loader)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

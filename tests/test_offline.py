@@ -1,0 +1,104 @@
+"""Upstream's command: its three tasks, alone and under torchrun."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import soundfile
+import torch
+
+from mimo_audio_hf import decode_codes, encode_waveforms, load_audio
+from mimo_audio_hf.offline import load_tokens, main
+
+
+@pytest.fixture
+def lines(tmp_path, write_audio) -> list[dict[str, str]]:
+    return [
+        {
+            "key": f"clip{index}",
+            "wav": str(
+                write_audio(tmp_path / f"{index}.wav", 1000 + 777 * index, 24000 if index % 2 else 16000, index)
+            ),
+            "quantized_tokens": str(tmp_path / "out" / f"{index}.json"),
+            "reconstructed_wav": str(tmp_path / "out" / f"{index}.wav"),
+        }
+        for index in range(7)
+    ]
+
+
+def write_list(tmp_path: Path, lines: list) -> str:
+    path = tmp_path / "data.jsonl"
+    path.write_text("".join((line if isinstance(line, str) else json.dumps(line)) + "\n" for line in lines))
+    return str(path)
+
+
+def arguments(tmp_path: Path, checkpoint: Path, lines: list, task: str) -> list[str]:
+    data_list = write_list(tmp_path, lines)
+    options = ["--batch_size", "3", "--num_workers", "1", "--prefetch", "2", "--num_quantizers", "20", "--task", task]
+    return ["--model_path", str(checkpoint), "--data_list", data_list, *options]
+
+
+def check(lines, model, tokens: bool, audio: bool) -> None:
+    for line in lines:
+        (codes,) = encode_waveforms(model, [load_audio(line["wav"])])
+        assert Path(line["quantized_tokens"]).exists() == tokens
+        assert Path(line["reconstructed_wav"]).exists() == audio
+        if tokens:
+            assert torch.equal(load_tokens(line["quantized_tokens"]), codes)
+            assert json.loads(Path(line["quantized_tokens"]).read_text())["info"]["key"] == line["key"]
+        if audio:
+            (waveform,) = decode_codes(model, [codes])
+            samples, rate = soundfile.read(line["reconstructed_wav"], dtype="float32")
+            assert rate == 24000
+            expected = waveform.clamp(-1, 1)
+            torch.testing.assert_close(torch.from_numpy(samples), expected, rtol=0, atol=2**-15)  # 16 bits
+
+
+def test_three_tasks_under_torchrun(tmp_path, tiny_checkpoint, tiny_model, lines):
+    def launch(task: str) -> None:
+        command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+        command += ["-m", "mimo_audio_hf.offline", *arguments(tmp_path, tiny_checkpoint, lines, task)]
+        run = subprocess.run(command, capture_output=True, text=True, timeout=120)
+        assert run.returncode == 0, run.stderr
+        assert f"{task}: 7 of 7 clips" in run.stdout
+
+    launch("wav2token")
+    check(lines, tiny_model, tokens=True, audio=False)
+    launch("token2wav")
+    check(lines, tiny_model, tokens=True, audio=True)
+    for line in lines:
+        Path(line["quantized_tokens"]).unlink()
+        Path(line["reconstructed_wav"]).unlink()
+    launch("wav2token2wav")
+    check(lines, tiny_model, tokens=True, audio=True)
+
+
+def test_bad_clips_are_named_and_the_others_finished(tmp_path, tiny_checkpoint, tiny_model, lines, capfd):
+    Path(lines[2]["wav"]).write_text("no audio")
+    lines[4]["wav"] = str(tmp_path / "nowhere.wav")
+    listed = [*lines, "no json", {"key": "keyless"}]
+    assert main(arguments(tmp_path, tiny_checkpoint, listed, "wav2token")) == 1
+    output = capfd.readouterr()
+    for culprit in ("clip2: ", "nowhere.wav", "line 8: ", "line 9: wav is missing"):
+        assert culprit in output.err
+    assert "wav2token: 5 of 9 clips" in output.out
+    check([line for line in lines if line["key"] not in ("clip2", "clip4")], tiny_model, tokens=True, audio=False)
+
+
+def test_two_lines_may_not_write_one_file(tmp_path, tiny_checkpoint, lines, capfd):
+    lines[3]["quantized_tokens"] = lines[1]["quantized_tokens"]
+    assert main(arguments(tmp_path, tiny_checkpoint, lines, "wav2token")) == 1
+    assert "lines 2 and 4 both write" in capfd.readouterr().err
+    assert not Path(lines[0]["quantized_tokens"]).exists()
+
+
+@pytest.mark.parametrize("content", ["[]", "{}", '{"quantized_tokens": [1, 2]}', '{"quantized_tokens": [[0.5]]}', "{"])
+def test_bad_token_files(tmp_path, content):
+    path = tmp_path / "tokens.json"
+    path.write_text(content)
+    with pytest.raises(ValueError, match="tokens.json"):
+        load_tokens(str(path))
