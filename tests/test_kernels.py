@@ -105,3 +105,21 @@ def test_codes_out_of_range_raise_and_leave_the_gpu_usable():
     with pytest.raises(ValueError, match="codebook 2"):
         model.decode(torch.full((1, 6, 5), 16, device="cuda"))
     assert model.decode(torch.zeros(1, 6, 5, dtype=torch.long, device="cuda")).audio_values.isfinite().all()
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", HALF_PRECISION)
+def test_packed_input_compiles_in_one_graph(name):
+    model = load_golden("base").bfloat16().cuda()
+    if name != model.attn_implementation:  # the default one is found by itself, also while a graph is compiled
+        model.set_attn_implementation(name)
+    mels = [clip["mel"] for clip in expected_clips("base")[3:]]
+    layout = model.encoder_layout([mel.shape[1] for mel in mels])
+    packed = torch.cat([mel.T for mel in mels]).cuda()
+    expected = model.encode(packed, layout=layout, output_latents=True)
+    compiled = torch.compile(model.encode, fullgraph=True)(packed, layout=layout, output_latents=True)
+    assert error(compiled.latents, expected.latents.double()) < 2e-2  # the fused products round less often
+    decoder_layout = model.decoder_layout(layout.codes.lengths.tolist())
+    audio = model.decode(expected.audio_codes, layout=decoder_layout).audio_values
+    compiled = torch.compile(model.decode, fullgraph=True)(expected.audio_codes, layout=decoder_layout)
+    assert error(compiled.audio_values, audio.double()) < 5e-2
