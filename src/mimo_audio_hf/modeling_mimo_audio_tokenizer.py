@@ -18,7 +18,6 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import nn
-from torch.nn.attention.varlen import varlen_attn
 from transformers import initialization as init
 from transformers.activations import ACT2FN
 from transformers.modeling_layers import GradientCheckpointingLayer
@@ -319,6 +318,8 @@ def torch_varlen_attention_forward(
     window: Window,
 ) -> torch.Tensor:
     """PyTorch's own FlashAttention over packed clips (CUDA, float16 or bfloat16)."""
+    from torch.nn.attention.varlen import varlen_attn  # takes a second to import, which only its users should pay
+
     cu_seqlens, max_seqlen = sequences.cu_seqlens, sequences.max_seqlen
     output = varlen_attn(
         query, key, value, cu_seqlens, cu_seqlens, max_seqlen, max_seqlen, scale=scaling, window_size=window
