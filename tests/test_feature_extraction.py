@@ -62,6 +62,11 @@ def test_kinds_of_input(extractor):
         clip.numpy()[None],
     ):
         torch.testing.assert_close(extractor(raw_audio, sampling_rate=24000).input_features, expected)
+    reversed_view = clip.numpy()[::-1]
+    torch.testing.assert_close(
+        extractor(reversed_view, sampling_rate=24000).input_features, extractor(clip.flip(0), 24000).input_features
+    )
+    assert torch.equal(extractor(list(clip.numpy()), sampling_rate=24000).input_features, expected)
     assert extractor([clip.numpy(), clip], sampling_rate=24000).input_features.shape[0] == 2
 
 
@@ -102,6 +107,7 @@ def test_padding(extractor):
         ([np.zeros(100, np.float32), []], "clip 1: empty"),
         ([np.zeros(100, np.float32), np.array([0.0, np.nan])], "clip 1: NaN or infinite"),
         ([0.0, float("inf")], "clip 0: NaN or infinite"),
+        (np.array([0.0, 1e300]), "clip 0: NaN or infinite"),
         (np.zeros(100, np.int16), "clip 0: dtype torch.int16"),
         (np.zeros((1, 2, 100)), "clip 0: shape \\(2, 100\\)"),
         (["speech.wav"], "clip 0"),
@@ -131,5 +137,8 @@ def test_a_repository_with_only_a_config(extractor, tmp_path):
     MiMoAudioTokenizerConfig(n_mels=80, fmin=20.0).save_pretrained(tmp_path)
     loaded = MiMoAudioTokenizerFeatureExtractor.from_pretrained(tmp_path)
     assert (loaded.feature_size, loaded.fmin) == (80, 20.0)
+    (tmp_path / "preprocessor_config.json").write_text("{damaged")
+    with pytest.raises(OSError, match="preprocessor_config.json"):
+        MiMoAudioTokenizerFeatureExtractor.from_pretrained(tmp_path)
     with pytest.raises(OSError, match="nothing_here"):
         MiMoAudioTokenizerFeatureExtractor.from_pretrained(tmp_path / "nothing_here")

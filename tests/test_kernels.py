@@ -66,6 +66,7 @@ def test_rotary(heads, head_dim):
 
 def test_gradients_go_through_pytorchs_kernels():
     model = load_golden("base").bfloat16().cuda().train()
+    model.encoder.quantizer.eval()  # codebooks are trained in float32 only
     features, mask = pad_features([clip["mel"] for clip in expected_clips("base")[3:]])
     assert model.attn_implementation == "triton_varlen"
     model(features.cuda(), mask.cuda()).loss.backward()
@@ -123,3 +124,23 @@ def test_packed_input_compiles_in_one_graph(name):
     audio = model.decode(expected.audio_codes, layout=decoder_layout).audio_values
     compiled = torch.compile(model.decode, fullgraph=True)(expected.audio_codes, layout=decoder_layout)
     assert error(compiled.audio_values, audio.double()) < 5e-2
+
+
+@torch.no_grad()
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="this test needs two GPUs")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_device_map_over_two_gpus(dtype):
+    """The skip connection, the quantizer and the cuts cross from one device to the other."""
+    features, mask = pad_features([clip["mel"] for clip in expected_clips("base")])
+    expected = load_golden("base", dtype=dtype).cuda()(features.cuda(), mask.cuda())
+    first = ["encoder.conv1", "encoder.conv2", "encoder.layer_norm", "encoder.layers.3", "decoder.dconv2"]
+    second = ["encoder.down_sample_layer", "encoder.down_sample_norm", "encoder.quantizer", "encoder.layers.2"]
+    second += ["decoder.dconv1", "decoder.layer_norm", "decoder.vocoder", "decoder.layers.0", "decoder.layers.2"]
+    first += ["encoder.layers.0", "encoder.layers.1", "decoder.layers.1"]
+    device_map = dict.fromkeys(first, 0) | dict.fromkeys(second, 1)
+    for split in (device_map, "balanced"):
+        model = load_golden("base", dtype=dtype, device_map=split)
+        output = model(features.cuda(), mask.cuda())
+        assert len({parameter.device for parameter in model.parameters()}) == 2
+        assert torch.equal(output.audio_codes.cpu(), expected.audio_codes.cpu())
+        assert error(output.audio_values.cpu(), expected.audio_values.double().cpu()) < 1e-5

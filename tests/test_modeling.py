@@ -248,12 +248,16 @@ def test_flash_attention_gets_the_windows(monkeypatch, inputs):
 
     monkeypatch.setattr(modeling, "flash_attn_varlen_func", flash_attn_varlen_func, raising=False)
     backend = modeling.ATTENTION_BACKENDS["flash_attention_2"]
-    monkeypatch.setattr(MiMoAudioTokenizerModel, "_attention_backend", lambda self: backend)
+    monkeypatch.setattr(MiMoAudioTokenizerModel, "_attention_backend", lambda self, device: backend)
     for name in CHECKPOINTS:
         clips = expected_clips(name)
-        output = load_golden(name).encode(*pad_features([clip["mel"] for clip in clips]))
+        model = load_golden(name)
+        output = model.encode(*pad_features([clip["mel"] for clip in clips]))
         for index, clip in enumerate(clips):
             assert torch.equal(output.audio_codes[index, :, : len(clip["codes"])].T, clip["codes"].long())
+            if "audio" in clip:
+                audio = model.decode(clip["codes"].T[None]).audio_values[0, 0]
+                assert relative_error(audio, clip["audio"]) < 1e-5
 
 
 @pytest.mark.parametrize("window", [(40, 10), (5, 0), (0, 3), (200, 100)])
@@ -297,15 +301,15 @@ def test_gradient_checkpointing(inputs, use_reentrant):
     gradients = []
     for checkpointing in (False, True):
         model = load_golden("base").train()
-        model.encoder.quantizer.eval()  # whose codebooks would move
+        model.encoder.quantizer.eval()  # its codebooks would move, and be others the second time
         if checkpointing:
             model.gradient_checkpointing_enable({"use_reentrant": use_reentrant})
         model(**inputs).loss.backward()
         gradients.append({name: p.grad for name, p in model.named_parameters()})
     assert gradients[0].keys() == gradients[1].keys()
     for name, gradient in gradients[0].items():
-        if gradient is not None:
-            torch.testing.assert_close(gradients[1][name], gradient, msg=name)
+        assert gradient is not None, name
+        torch.testing.assert_close(gradients[1][name], gradient, msg=name)
 
 
 def test_freeze_lasts_when_a_surrounding_model_trains(inputs):
@@ -370,6 +374,12 @@ def test_audio_codes_mask_of_an_attention_mask():
         mask[0, :frames] = mask[1] = 1
         output = model.encode(torch.randn(2, 128, 30), mask)
         assert torch.equal(model.get_audio_codes_mask(mask), output.audio_codes_mask)
+    for dtype in (torch.bool, torch.uint8, torch.int8, torch.int32, torch.float32):
+        mask = (torch.arange(800) < torch.tensor([[800], [700]])).to(dtype)
+        codes_mask = model.get_audio_codes_mask(mask)
+        assert codes_mask.dtype == dtype
+        assert codes_mask.shape == (2, 200)
+        assert codes_mask.float().sum(1).tolist() == [200, 175]
 
 
 @torch.no_grad()
@@ -387,14 +397,17 @@ def test_disk_offload(tmp_path, inputs):
     model = load_golden("base")
     expected = model(**inputs)
     model.save_pretrained(tmp_path)
-    device_map = {"encoder": "cpu", "decoder": "disk"}
-    offloaded = MiMoAudioTokenizerModel.from_pretrained(
-        tmp_path, device_map=device_map, offload_folder=tmp_path / "offload"
-    )
-    assert offloaded.decoder.layers[0].fc1.weight.device.type == "meta"
-    output = offloaded(**inputs)
-    assert torch.equal(output.audio_codes, expected.audio_codes)
-    assert relative_error(output.audio_values, expected.audio_values) < 1e-5
+    for number, device_map in enumerate(
+        ({"encoder": "cpu", "decoder": "disk"}, {"encoder": "disk", "decoder": "cpu"}, {"": "disk"})
+    ):
+        offloaded = MiMoAudioTokenizerModel.from_pretrained(
+            tmp_path, device_map=device_map, offload_folder=tmp_path / f"offload{number}"
+        )
+        assert any(parameter.is_meta for parameter in offloaded.parameters())
+        assert offloaded.attn_implementation == "sdpa"
+        output = offloaded(**inputs)
+        assert torch.equal(output.audio_codes, expected.audio_codes)
+        assert relative_error(output.audio_values, expected.audio_values) < 1e-5
 
 
 @torch.no_grad()
@@ -434,3 +447,114 @@ def test_only_safetensors_are_written(tmp_path):
     assert {file.name for file in tmp_path.iterdir()} == {"config.json", "model.safetensors"}
     with safe_open(tmp_path / "model.safetensors", "pt") as file:
         assert file.metadata()["format"] == "pt"
+
+
+# --- what a strict reviewer found ---
+
+
+def test_losses_do_not_depend_on_the_batch():
+    model = load_golden("base").train()
+    model.encoder.quantizer.eval()
+    clips = [expected_clips("base")[3]["mel"], expected_clips("base")[7]["mel"]]
+    frames = [mel.shape[1] for mel in clips]
+    with torch.no_grad():
+        alone = [model(mel[None]).reconstruction_loss for mel in clips]
+        batched = model(*pad_features(clips)).reconstruction_loss
+    expected = sum(loss * n for loss, n in zip(alone, frames, strict=True)) / sum(frames)
+    torch.testing.assert_close(batched, expected, rtol=1e-5, atol=1e-6)
+
+
+def test_gradient_reaches_the_encoder_past_a_quantizer_in_evaluation_mode(inputs):
+    model = load_golden("base").train()
+    model.encoder.quantizer.eval()
+    before = copy.deepcopy(model.encoder.quantizer.state_dict())
+    model(**inputs).loss.backward()
+    assert all(parameter.grad is not None for parameter in model.parameters())
+    assert all(torch.equal(t, before[k]) for k, t in model.encoder.quantizer.state_dict().items())
+
+
+def test_half_precision_codebooks_are_not_trained(inputs):
+    with pytest.raises(ValueError, match=r"codebooks in torch.bfloat16 cannot be trained"):
+        load_golden("base").bfloat16().train()(**inputs)
+
+
+def test_a_clip_that_is_not_finite_does_not_touch_its_neighbour():
+    model = load_golden("base")
+    with torch.no_grad():
+        model.encoder.quantizer.codebooks[0].embed[0] = float("inf")
+        codes = torch.ones(2, 6, 300, dtype=torch.long)
+        codes[0] = 0
+        audio = model.decode(codes).audio_values
+        alone = model.decode(codes[1:]).audio_values
+    assert not audio[0].isfinite().all()
+    assert relative_error(audio[1], alone[0]) < 1e-5
+
+
+def test_gradient_is_finite_where_the_magnitude_is_limited(inputs):
+    model = load_golden("base")
+    torch.nn.init.constant_(model.decoder.vocoder.head.out.bias, 100.0)
+    model.decoder.requires_grad_(True)
+    output = model.decode(torch.zeros(1, 6, 5, dtype=torch.long)).audio_values
+    output.square().mean().backward()
+    assert all(p.grad.isfinite().all() for p in model.decoder.parameters() if p.grad is not None)
+
+
+@torch.no_grad()
+def test_the_default_dtype_changes_nothing(inputs):
+    model = load_golden("base")
+    expected = model(**inputs)
+    for dtype in (torch.bfloat16, torch.float64):
+        torch.set_default_dtype(dtype)
+        try:
+            output = model(**inputs)
+        finally:
+            torch.set_default_dtype(torch.float32)
+        assert output.audio_values.dtype == torch.float32
+        assert torch.equal(output.audio_values, expected.audio_values)
+
+
+def test_a_shared_configuration_leaves_the_choice_of_attention_open(config):
+    model = MiMoAudioTokenizerModel(config)
+    for other in (MiMoAudioTokenizerModel(model.config), MiMoAudioTokenizerModel(copy.deepcopy(model.config))):
+        assert other.config._attn_implementation_is_default
+    model.set_attn_implementation("sdpa")
+    assert not model.config._attn_implementation_is_default
+    assert "_attn_implementation_is_default" not in model.config.to_dict()
+    chosen = MiMoAudioTokenizerModel.from_pretrained(GOLDEN / "base", attn_implementation="sdpa")
+    assert not chosen.config._attn_implementation_is_default
+    outer = torch.nn.ModuleDict({"tokenizer": load_golden("base")})
+    outer["tokenizer"].config._attn_implementation = "eager"
+    assert outer["tokenizer"].attn_implementation == "eager"
+
+
+def test_a_state_dict_is_checked_like_a_file(config):
+    state = load_file(GOLDEN / "base" / "model.safetensors")
+    del state["encoder.conv1.weight"]
+    with pytest.raises(ValueError, match="missing tensor encoder.conv1.weight"):
+        MiMoAudioTokenizerModel.from_pretrained(None, config=config, state_dict=state)
+
+
+def test_encoder_only_configuration_does_not_name_a_decoder():
+    config = MiMoAudioTokenizerConfig(d_model=1024, encoder_attention_heads=16, has_decoder=False)
+    assert config.decoder_attention_heads == 16
+
+
+@torch.no_grad()
+def test_arrays_and_small_integers_are_taken(inputs):
+    model = load_golden("base")
+    expected = model(**inputs)
+    features = inputs["input_features"].numpy()
+    output = model.encode(features, inputs["attention_mask"].tolist())
+    assert torch.equal(output.audio_codes, expected.audio_codes)
+    decoded = model.decode(expected.audio_codes.to(torch.uint16), expected.audio_codes_mask.bool())
+    assert torch.equal(decoded.audio_values, expected.audio_values)
+
+
+def test_packed_rows_that_are_not_the_layouts():
+    model = load_golden("base")
+    with pytest.raises(ValueError, match=r"input_features have shape \(70, 128\); accepted: \(30, ...\)"):
+        model.encode(torch.zeros(70, 128), layout=model.encoder_layout([30]))
+    with pytest.raises(ValueError, match=r"audio_codes have shape \(7, 6\); accepted: \(3, ...\)"):
+        model.decode(torch.zeros(7, 6, dtype=torch.long), layout=model.decoder_layout([3]))
+    with pytest.raises(ValueError, match="a layout and a mask"):
+        model.encode(torch.zeros(30, 128), torch.ones(1, 30), layout=model.encoder_layout([30]))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from golden import GOLDEN
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from mimo_audio_hf import MiMoAudioTokenizerConfig
 from mimo_audio_hf.modeling_mimo_audio_tokenizer import (
@@ -122,3 +122,34 @@ def test_codes_are_the_nearest_entries_in_float64(num_quantizers):
     torch.testing.assert_close(
         quantizer.decode(codes, torch.float32).double(), x.double() - residual, rtol=0, atol=1e-5
     )
+
+
+def train_step(rank: int, processes: int, folder: str) -> None:
+    """One training step on this process's share of the batch; the state goes to a file."""
+    if processes > 1:
+        torch.distributed.init_process_group(
+            "gloo", init_method=f"file://{folder}/store", rank=rank, world_size=processes
+        )
+    config = MiMoAudioTokenizerConfig.from_pretrained(GOLDEN / "base", threshold_ema_dead_code=0)
+    quantizer = MiMoAudioTokenizerResidualVectorQuantizer(config).train()
+    step = load_file(GOLDEN / "rvq_train_step.safetensors")
+    quantizer.load_state_dict({k.removeprefix("before."): t for k, t in step.items() if k.startswith("before.")})
+    x = torch.randn(400, 64, generator=torch.Generator().manual_seed(0))
+    quantizer(x.chunk(processes)[rank], 6, torch.float32)
+    # Replaced entries and k-means start from random vectors: the first process's, in all of them.
+    torch.manual_seed(rank)
+    codebook = MiMoAudioTokenizerCodebook(32, 64, threshold_ema_dead_code=2)
+    codebook.initialize(x.chunk(processes)[rank])
+    codebook.update(x.chunk(processes)[rank][:40], codebook.nearest(x.chunk(processes)[rank][:40], codebook.embed))
+    state = quantizer.state_dict() | {f"fresh.{k}": t for k, t in codebook.state_dict().items()}
+    save_file(state, f"{folder}/{processes}-{rank}.safetensors")
+
+
+def test_two_processes_on_half_batches_are_one_on_the_whole(tmp_path):
+    train_step(0, 1, str(tmp_path))
+    torch.multiprocessing.spawn(train_step, args=(2, str(tmp_path)), nprocs=2)
+    whole, first, second = (load_file(tmp_path / f"{name}.safetensors") for name in ("1-0", "2-0", "2-1"))
+    for key, tensor in first.items():
+        assert torch.equal(tensor, second[key]), key
+        if not key.startswith("fresh."):
+            torch.testing.assert_close(tensor, whole[key], msg=key)

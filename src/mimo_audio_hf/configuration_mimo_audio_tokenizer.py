@@ -3,14 +3,38 @@
 
 from __future__ import annotations
 
-import inspect
 import math
 from typing import Any
 
+from transformers.activations import ACT2FN
 from transformers.configuration_utils import PreTrainedConfig
 
 
 RELEASED_CODEBOOK_SIZE = [1024, 1024] + 18 * [128]
+POSITIVE_INTEGERS = (
+    "avg_pooler",
+    "d_model",
+    "decoder_attention_heads",
+    "decoder_ffn_dim",
+    "decoder_kernel_size",
+    "decoder_layers",
+    "decoder_stride_size",
+    "encoder_attention_heads",
+    "encoder_ffn_dim",
+    "encoder_layers",
+    "hop_length",
+    "kernel_size",
+    "n_mels",
+    "nfft",
+    "num_quantizers",
+    "sampling_rate",
+    "stride_size",
+    "vocoder_attention_heads",
+    "vocoder_dim",
+    "vocoder_intermediate_dim",
+    "vocoder_num_layers",
+    "window_size",
+)
 
 
 def single_auto_classes(fields: dict[str, Any]) -> dict[str, Any]:
@@ -68,6 +92,8 @@ class MiMoAudioTokenizerConfig(PreTrainedConfig):
     """
 
     model_type = "mimo_audio_tokenizer"
+    # Whether nobody has asked for an attention backend, so that the model may choose; not saved.
+    _attn_implementation_is_default = False
     attribute_map = {
         "hidden_size": "d_model",
         "num_hidden_layers": "encoder_layers",
@@ -91,7 +117,7 @@ class MiMoAudioTokenizerConfig(PreTrainedConfig):
         encoder_causal: bool = False,
         encoder_attn_window_size: list[int] | None = None,
         decoder_layers: int = 32,
-        decoder_attention_heads: int = 20,
+        decoder_attention_heads: int | None = None,
         decoder_ffn_dim: int = 5120,
         decoder_kernel_size: int = 3,
         decoder_stride_size: int = 2,
@@ -136,14 +162,17 @@ class MiMoAudioTokenizerConfig(PreTrainedConfig):
         self.encoder_attention_heads = encoder_attention_heads
         self.encoder_ffn_dim = encoder_ffn_dim
         self.encoder_causal = encoder_causal
-        self.encoder_attn_window_size = list(encoder_attn_window_size or (-1, -1))
+        self.encoder_attn_window_size = [-1, -1] if encoder_attn_window_size is None else encoder_attn_window_size
         self.decoder_layers = decoder_layers
-        self.decoder_attention_heads = decoder_attention_heads
+        # Encoder-only configurations do not say; the released model has as many as its encoder.
+        self.decoder_attention_heads = (
+            encoder_attention_heads if decoder_attention_heads is None else decoder_attention_heads
+        )
         self.decoder_ffn_dim = decoder_ffn_dim
         self.decoder_kernel_size = decoder_kernel_size
         self.decoder_stride_size = decoder_stride_size
         self.decoder_causal = decoder_causal
-        self.decoder_attn_window_size = list(decoder_attn_window_size or (-1, -1))
+        self.decoder_attn_window_size = [-1, -1] if decoder_attn_window_size is None else decoder_attn_window_size
         self.nfft = nfft
         self.vocoder_dim = vocoder_dim
         self.vocoder_intermediate_dim = vocoder_intermediate_dim
@@ -163,7 +192,7 @@ class MiMoAudioTokenizerConfig(PreTrainedConfig):
         self.rope_type = rope_type
         self.ln_type = ln_type
         self.vocoder_attention_heads = vocoder_attention_heads
-        self.vocoder_attn_window_size = list(vocoder_attn_window_size or (40, 10))
+        self.vocoder_attn_window_size = [40, 10] if vocoder_attn_window_size is None else vocoder_attn_window_size
         self.hybrid_attention = hybrid_attention
         self.hybrid_block_size = hybrid_block_size
         self.swa_per_block = swa_per_block
@@ -176,37 +205,54 @@ class MiMoAudioTokenizerConfig(PreTrainedConfig):
         def refuse(field: str, accepted: str) -> None:
             raise ValueError(f"{type(self).__name__}: {field}={getattr(self, field)!r}; accepted: {accepted}")
 
-        for field, parameter in inspect.signature(type(self).__init__).parameters.items():
-            # `bool` is an `int` to Python; annotations are strings here.
-            if parameter.annotation == "int" and type(getattr(self, field)) is not int:
-                refuse(field, "an integer")
-        if self.vocoder_padding != "same":
-            refuse("vocoder_padding", "'same'")
-        if self.rope_type != "default":
-            refuse("rope_type", "'default'")
-        if self.ln_type not in ("LayerNorm", "RMSNorm"):
-            refuse("ln_type", "'LayerNorm' or 'RMSNorm'")
+        def is_integer(value: Any, least: int) -> bool:
+            return type(value) is int and value >= least
+
+        for field in POSITIVE_INTEGERS:
+            if not is_integer(getattr(self, field), 1):
+                refuse(field, "a positive integer")
+        for field in ("encoder_causal", "decoder_causal", "hybrid_attention", "has_decoder"):
+            if not isinstance(getattr(self, field), bool):
+                refuse(field, "true or false")
+        for field in ("encoder_attn_window_size", "decoder_attn_window_size", "vocoder_attn_window_size"):
+            window = getattr(self, field)
+            if not isinstance(window, (list, tuple)) or len(window) != 2 or not all(is_integer(x, -1) for x in window):
+                refuse(field, "[left, right] in frames, -1 for unbounded")
+        sizes = self.codebook_size if isinstance(self.codebook_size, (list, tuple)) else [self.codebook_size]
+        if not sizes or not all(is_integer(size, 1) for size in sizes):
+            refuse("codebook_size", "a list of one or more positive integers")
         for width, heads in (
             ("d_model", "encoder_attention_heads"),
             ("d_model", "decoder_attention_heads"),
             ("vocoder_dim", "vocoder_attention_heads"),
         ):
-            if getattr(self, heads) < 1 or getattr(self, width) % (2 * getattr(self, heads)):
+            if getattr(self, width) % (2 * getattr(self, heads)):
                 refuse(heads, f"a number whose double divides {width}={getattr(self, width)}")
-        for field in ("encoder_attn_window_size", "decoder_attn_window_size", "vocoder_attn_window_size"):
-            window = getattr(self, field)
-            if len(window) != 2 or min(window) < -1:
-                refuse(field, "[left, right] in frames, -1 for unbounded")
-        if self.num_quantizers < 1:
-            refuse("num_quantizers", "1 or more")
-        if not self.codebook_sizes or min(self.codebook_sizes) < 1:
-            refuse("codebook_size", "a list of one or more positive sizes")
-        if self.encoder_skip_layer_id is not None and not 1 <= self.encoder_skip_layer_id <= self.encoder_layers:
+        if self.vocoder_padding != "same":
+            refuse("vocoder_padding", "'same'")
+        if self.rope_type != "default":
+            refuse("rope_type", "'default'")
+        if not isinstance(self.rope_theta, (int, float)) or not self.rope_theta > 0:
+            refuse("rope_theta", "a positive number")
+        if self.ln_type not in ("LayerNorm", "RMSNorm"):
+            refuse("ln_type", "'LayerNorm' or 'RMSNorm'")
+        if self.activation_function not in ACT2FN:
+            refuse("activation_function", "one of transformers' activations")
+        if self.encoder_skip_layer_id is not None and not (
+            is_integer(self.encoder_skip_layer_id, 1) and self.encoder_skip_layer_id <= self.encoder_layers
+        ):
             refuse("encoder_skip_layer_id", f"None or 1 to encoder_layers={self.encoder_layers}")
-        if self.hybrid_attention and not self.swa_per_block:
+        if self.hybrid_attention and not is_integer(self.swa_per_block, 1):
             refuse("swa_per_block", "1 or more where hybrid_attention is set")
-        if self.hop_length < 1 or self.nfft < self.hop_length or (self.nfft - self.hop_length) % 2:
-            refuse("hop_length", f"a length whose distance to nfft={self.nfft} is even and not negative")
+        if self.nfft <= self.hop_length or (self.nfft - self.hop_length) % 2:
+            refuse("hop_length", f"shorter than nfft={self.nfft}, by an even number")
+        if self.window_size > self.nfft:
+            refuse("window_size", f"at most nfft={self.nfft}")
+        if self.decoder_kernel_size < self.decoder_stride_size:
+            refuse("decoder_kernel_size", f"at least decoder_stride_size={self.decoder_stride_size}")
+        nyquist = self.sampling_rate / 2
+        if not isinstance(self.fmin, (int, float)) or not 0 <= self.fmin < (self.fmax or nyquist) <= nyquist:
+            refuse("fmin", f"0 or more, and less than fmax={self.fmax}, which is at most {nyquist:g}")
 
     @property
     def codebook_sizes(self) -> list[int]:
@@ -225,7 +271,9 @@ class MiMoAudioTokenizerConfig(PreTrainedConfig):
         return self.sampling_rate / (self.hop_length * self.stride_size * self.avg_pooler)
 
     def to_dict(self) -> dict[str, Any]:
-        return single_auto_classes(super().to_dict())
+        fields = single_auto_classes(super().to_dict())
+        fields.pop("_attn_implementation_is_default", None)
+        return fields
 
     def bitrate(self, num_quantizers: int | None = None) -> float:
         """Bits per second of the first `num_quantizers` codebooks (all of them by default)."""

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import math
+import numbers
 from collections.abc import Sequence
 from functools import lru_cache
 from typing import Any
@@ -30,11 +31,12 @@ def _mel_filters(
     Computed in float32 on the CPU step by step as torchaudio does: the released model was trained on those filters,
     and filters computed in float64 (transformers' `mel_filter_bank`) move its log-mels by up to 5e-5.
     """
+    cpu: dict[str, Any] = {"dtype": torch.float32, "device": "cpu"}  # whatever the default dtype and device are
     mel_min, mel_max = (2595.0 * math.log10(1.0 + hz / 700.0) for hz in (fmin, fmax))
     # Not an inference tensor, whatever the first caller's mode: a later one may want gradients through it.
     with torch.inference_mode(False):
-        edges = 700.0 * (10.0 ** (torch.linspace(mel_min, mel_max, n_mels + 2) / 2595.0) - 1.0)
-        bins = torch.linspace(0, sampling_rate // 2, nfft // 2 + 1)
+        edges = 700.0 * (10.0 ** (torch.linspace(mel_min, mel_max, n_mels + 2, **cpu) / 2595.0) - 1.0)
+        bins = torch.linspace(0, sampling_rate // 2, nfft // 2 + 1, **cpu)
         widths = edges.diff()
         distances = edges[:, None] - bins
         rising = -distances[:-2] / widths[:-1, None]
@@ -94,7 +96,9 @@ class MiMoAudioTokenizerFeatureExtractor(SequenceFeatureExtractor):
         # The released repository has a config.json and no preprocessor_config.json.
         try:
             return super().get_feature_extractor_dict(pretrained_model_name_or_path, **kwargs)
-        except OSError:
+        except OSError as error:
+            if "valid JSON" in str(error):  # it is there, but damaged
+                raise
             config, kwargs = PreTrainedConfig.get_config_dict(pretrained_model_name_or_path, **kwargs)
             if not config:
                 raise
@@ -116,7 +120,7 @@ class MiMoAudioTokenizerFeatureExtractor(SequenceFeatureExtractor):
             n_fft=self.nfft,
             hop_length=self.hop_length,
             win_length=self.window_size,
-            window=torch.hann_window(self.window_size, device=device),
+            window=torch.hann_window(self.window_size, dtype=torch.float32, device=device),
             center=True,
             pad_mode="reflect",
             return_complex=True,
@@ -197,7 +201,10 @@ class MiMoAudioTokenizerFeatureExtractor(SequenceFeatureExtractor):
     @staticmethod
     def _check_clip(clip: Any, index: int) -> torch.Tensor:
         try:
-            waveform = torch.as_tensor(clip)
+            # A copy of an array, since torch has no read-only tensors and no negative strides.
+            waveform = (
+                torch.from_numpy(np.array(clip, order="C")) if isinstance(clip, np.ndarray) else torch.as_tensor(clip)
+            )
         except (TypeError, ValueError, RuntimeError) as error:
             raise ValueError(f"raw_audio, clip {index}: {error}; accepted: an array of floats") from error
         if waveform.ndim != 1:
@@ -206,9 +213,10 @@ class MiMoAudioTokenizerFeatureExtractor(SequenceFeatureExtractor):
             raise ValueError(f"raw_audio, clip {index}: empty; accepted: one sample or more")
         if not waveform.is_floating_point():
             raise ValueError(f"raw_audio, clip {index}: dtype {waveform.dtype}; accepted: floats in [-1, 1]")
+        waveform = waveform.detach().to(torch.float32)
         if not torch.isfinite(waveform).all():
             raise ValueError(f"raw_audio, clip {index}: NaN or infinite samples; accepted: finite floats")
-        return waveform.detach().to(torch.float32)
+        return waveform
 
 
 def _split_clips(raw_audio: Any) -> list[Any]:
@@ -217,7 +225,7 @@ def _split_clips(raw_audio: Any) -> list[Any]:
         return list(raw_audio) if raw_audio.ndim > 1 else [raw_audio]
     if not isinstance(raw_audio, (list, tuple)):
         raise ValueError(f"raw_audio is a {type(raw_audio).__name__}; accepted: arrays, tensors or lists of them")
-    if raw_audio and isinstance(raw_audio[0], (int, float)):
+    if raw_audio and isinstance(raw_audio[0], numbers.Real):
         return [raw_audio]
     return list(raw_audio)
 

@@ -85,6 +85,8 @@ if triton is not None:
         q = tl.load(query + query_offset, query_inside[:, None], other=0.0)
         k = tl.load(key + key_offset, key_inside[:, None], other=0.0)
         v = tl.load(value + key_offset, key_inside[:, None], other=0.0)
+        # What other clips hold that is not finite is not taken away by a weight of zero.
+        v = tl.where(tl.abs(v.to(tl.float32)) < float("inf"), v, 0.0)
         query_clip = tl.load(sequence_ids + query_row, query_inside, other=-1)
         key_clip = tl.load(sequence_ids + key_row, key_inside, other=-2)
 
@@ -146,13 +148,17 @@ def triton_attention_forward(
     return output
 
 
-@lru_cache(maxsize=1)
-def _kernels_run() -> bool:
-    """Whether Triton can build and run a kernel here; it needs a C compiler, which not every machine has."""
-    states = torch.zeros(1, 1, 16, device="cuda", dtype=torch.bfloat16)
-    angles = torch.zeros(1, 1, 8, device="cuda", dtype=torch.bfloat16)
+@lru_cache
+def _kernels_run(device: torch.device) -> bool:
+    """Whether Triton can build and run these kernels here; it needs a C compiler, which not every machine has."""
+    sequences = PackedSequences.from_lengths([1], device)
+    states = torch.zeros(1, 1, max(HEAD_DIMS), device=device, dtype=torch.bfloat16)
+    angles = torch.zeros(1, 1, max(HEAD_DIMS) // 2, device=device, dtype=torch.bfloat16)
+    widest = (MAX_KEYS - QUERIES, 0)
     try:
-        triton_rotary(states, states, angles, angles)
+        with torch.no_grad(), torch.cuda.device(device):
+            triton_rotary(states, states, angles, angles)
+            triton_attention_forward(states, states, states, None, 1.0, sequences, widest)
     except Exception as error:  # whatever a missing or broken compiler raises
         logger.warning(f"Triton cannot build kernels here, so PyTorch's are used: {error}")
         return False

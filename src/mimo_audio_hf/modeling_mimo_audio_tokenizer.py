@@ -39,7 +39,7 @@ Window = tuple[int, int]
 # --- Packed clips ---
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class PackedSequences:
     """Where the clips of a batch lie in a (total_frames, ...) tensor.
 
@@ -90,7 +90,7 @@ class PackedSequences:
 
     def pad(self, packed: torch.Tensor) -> torch.Tensor:
         """(total_frames, ...) to (clips, max_seqlen, ...), zeros past each clip's end."""
-        return _gather_rows(packed, self.padded_index)
+        return _gather_rows(packed.to(self.cu_seqlens.device), self.padded_index)
 
     def unpad(self, padded: torch.Tensor) -> torch.Tensor:
         """(clips, frames, ...) to (total_frames, ...). Padding is never read."""
@@ -124,7 +124,7 @@ class PackedSequences:
         return self.pad(rows).sum(1) / self.lengths
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class MiMoAudioTokenizerEncoderLayout:
     """Everything about the lengths of a batch that the encoder needs; see [`MiMoAudioTokenizerModel.encoder_layout`].
 
@@ -142,7 +142,7 @@ class MiMoAudioTokenizerEncoderLayout:
         return _dataclass_to(self, device, non_blocking)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class MiMoAudioTokenizerDecoderLayout:
     """Everything about the lengths of a batch that the decoder needs; see [`MiMoAudioTokenizerModel.decoder_layout`].
 
@@ -291,6 +291,8 @@ def sdpa_attention_forward(
 ) -> torch.Tensor:
     if isinstance(attention_mask, BandedMask):
         key_index, mask = attention_mask
+        # A block sees keys of other clips, masked: their zero weights would not take away what is not finite.
+        key, value = key.nan_to_num(), value.nan_to_num()
         total = query.shape[0]
         query = F.pad(query, (0, 0, 0, 0, 0, -total % BAND_BLOCK)).unflatten(0, (-1, BAND_BLOCK))
         query, key, value = (states.transpose(1, 2) for states in (query, key[key_index], value[key_index]))
@@ -376,10 +378,12 @@ class AttentionBackend(NamedTuple):
     # Whether it takes float16 and bfloat16 on CUDA and nothing else.
     half_precision_on_cuda: bool = False
     # Whether the model may choose it by itself; asked where the model runs.
-    is_default: Callable[[], bool] = lambda: False
+    is_default: Callable[[torch.device], bool] = lambda device: False
 
 
 ATTENTION_BACKENDS: dict[str, AttentionBackend] = {}
+# transformers' own default, and where nothing better is found.
+DEFAULT_ATTN_IMPLEMENTATION = "sdpa"
 
 
 def register_attention(name: str, attend: Callable[..., torch.Tensor], **kwargs: Any) -> None:
@@ -394,7 +398,7 @@ register_attention("eager", eager_attention_forward, make_mask=padded_mask)
 register_attention("sdpa", sdpa_attention_forward, make_mask=sdpa_mask)
 register_attention("flash_attention_2", flash_attention_forward, half_precision_on_cuda=True)
 register_attention(
-    "torch_varlen", torch_varlen_attention_forward, half_precision_on_cuda=True, is_default=lambda: True
+    "torch_varlen", torch_varlen_attention_forward, half_precision_on_cuda=True, is_default=lambda device: True
 )
 
 
@@ -547,7 +551,7 @@ class MiMoAudioTokenizerStack(nn.Module):
         if all_hidden_states is not None:
             all_hidden_states.append(hidden_states)
         if skip is not None:
-            hidden_states = hidden_states + skip
+            hidden_states = hidden_states + skip.to(hidden_states.device)  # the layers may lie on several devices
         return self.layer_norm(hidden_states)
 
 
@@ -681,7 +685,7 @@ class MiMoAudioTokenizerResidualVectorQuantizer(nn.Module):
             residual = features.float()
             codes = []
             for codebook in self.codebooks[:num_quantizers]:
-                entries = codebook.entries(dtype)
+                entries = codebook.entries(dtype).to(residual.device)
                 codes.append(codebook.nearest(residual, entries))
                 residual = residual - F.embedding(codes[-1], entries)
         return torch.stack(codes, dim=-1)
@@ -700,11 +704,16 @@ class MiMoAudioTokenizerResidualVectorQuantizer(nn.Module):
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Quantized features (n, dim) float32, codes (n, num_quantizers) and the commitment loss.
 
-        In training mode the quantized features pass their gradient straight through to `features` and the codebooks
-        move. As upstream: the straight-through residual is not detached, so only the first codebook's share of the
-        commitment loss reaches the features.
+        Where gradients are wanted, the quantized features pass theirs straight through to `features`; in training mode
+        the codebooks move. As upstream: the straight-through residual is not detached, so only the first codebook's
+        share of the commitment loss reaches the features.
         """
-        if not self.training:
+        if self.training and any(codebook.embed.dtype != torch.float32 for codebook in self.codebooks):
+            raise ValueError(
+                f"codebooks in {self.codebooks[0].embed.dtype} cannot be trained: moving averages would stand still; "
+                "accepted: a float32 model (with autocast), or model.encoder.quantizer.eval()"
+            )
+        if not self.training and not (torch.is_grad_enabled() and features.requires_grad):
             codes = self.encode(features, num_quantizers, dtype)
             return self.decode(codes, dtype), codes, features.new_zeros((), dtype=torch.float32)
         codes_of_books, losses = [], []
@@ -713,13 +722,15 @@ class MiMoAudioTokenizerResidualVectorQuantizer(nn.Module):
             quantized = torch.zeros_like(residual)
             for codebook in self.codebooks[:num_quantizers]:
                 vectors = residual.detach()
-                codebook.initialize(vectors)
+                if self.training:
+                    codebook.initialize(vectors)
                 entries = codebook.entries(dtype)
                 codes = codebook.nearest(vectors, entries)
                 chosen = F.embedding(codes, entries)
                 codes_of_books.append(codes)
                 losses.append(F.mse_loss(residual, chosen))
-                codebook.update(vectors, codes)
+                if self.training:
+                    codebook.update(vectors, codes)
                 passed = residual + (chosen - residual).detach()
                 quantized = quantized + passed
                 residual = residual - passed
@@ -823,7 +834,7 @@ class MiMoAudioTokenizerISTFT(nn.Module):
 
     def forward(self, spectrum: torch.Tensor, layout: MiMoAudioTokenizerDecoderLayout) -> torch.Tensor:
         """Packed complex spectrum (total_frames, n_fft // 2 + 1) to samples (total_blocks, block)."""
-        window = torch.hann_window(self.n_fft, device=spectrum.device)
+        window = torch.hann_window(self.n_fft, dtype=torch.float32, device=spectrum.device)
         frames = torch.fft.irfft(spectrum, self.n_fft) * window
         samples = _gather_rows(frames.view(-1, self.block), layout.audio_index).sum(1)
         # The squared windows overlap as the frames do; row n of a frame's pieces holds the window's piece n % pieces.
@@ -846,7 +857,8 @@ class MiMoAudioTokenizerISTFTHead(nn.Module):
 
     def forward(self, hidden_states: torch.Tensor, layout: MiMoAudioTokenizerDecoderLayout) -> torch.Tensor:
         log_magnitude, phase = self.out(hidden_states).float().chunk(2, dim=-1)
-        spectrum = torch.polar(log_magnitude.exp().clamp(max=self.max_magnitude), phase)
+        # Limited before exp: past its overflow the gradient of a limit after it would be NaN.
+        spectrum = torch.polar(log_magnitude.clamp(max=math.log(self.max_magnitude)).exp(), phase)
         return self.istft(spectrum, layout)
 
 
@@ -928,7 +940,8 @@ class MiMoAudioTokenizerDecoder(MiMoAudioTokenizerStack):
         """Packed quantized features (total_codes, d_model) to samples (total_blocks, block), float32."""
         hidden_states = self.dconv1(features, layout.dconv1_index, layout.frames)
         hidden_states = self.run_layers(hidden_states, layout.frames, backend, all_hidden_states)
-        mel = self.dconv2(hidden_states, layout.dconv2_index, layout.uncut)[layout.cut_index]
+        uncut = self.dconv2(hidden_states, layout.dconv2_index, layout.uncut)
+        mel = uncut[layout.cut_index.to(uncut.device)]
         return self.vocoder(mel, layout, backend)
 
 
@@ -1051,7 +1064,6 @@ class MiMoAudioTokenizerModel(MiMoAudioTokenizerPreTrainedModel):
     """
 
     def __init__(self, config: MiMoAudioTokenizerConfig) -> None:
-        self._default_attn_implementation = config._attn_implementation is None
         super().__init__(config)
         self._frozen = False
         self.encoder = MiMoAudioTokenizerEncoder(config)
@@ -1071,14 +1083,17 @@ class MiMoAudioTokenizerModel(MiMoAudioTokenizerPreTrainedModel):
             ValueError: tensors are missing, unexpected or of another shape (named; `ignore_mismatched_sizes=True`
                 lets the last pass), or the weights are a pickle.
         """
-        if pretrained_model_name_or_path is None:  # a state dict that the caller has in memory
-            return super().from_pretrained(None, *args, **kwargs)
-        _refuse_pickle(Path(pretrained_model_name_or_path, kwargs.get("subfolder") or ""))
+        if pretrained_model_name_or_path is None and not kwargs.get("state_dict"):
+            return super().from_pretrained(None, *args, **kwargs)  # a fresh model is what is asked for
+        if pretrained_model_name_or_path is not None:
+            _refuse_pickle(Path(pretrained_model_name_or_path, kwargs.get("subfolder") or ""))
         output_loading_info = kwargs.pop("output_loading_info", False)
         allow_mismatched = kwargs.pop("ignore_mismatched_sizes", False)
         kwargs |= {"use_safetensors": True, "ignore_mismatched_sizes": True, "output_loading_info": True}
         loaded: Any = super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
         model, info = loaded
+        if kwargs.get("attn_implementation") is not None:
+            model.config._attn_implementation_is_default = False
         missing, unexpected = set(info["missing_keys"]), set(info["unexpected_keys"])
         decoder_keys = {key for key in model.state_dict() if key.startswith("decoder.")}
         if model.decoder is None or decoder_keys <= missing:
@@ -1113,36 +1128,43 @@ class MiMoAudioTokenizerModel(MiMoAudioTokenizerPreTrainedModel):
         the model is. In half precision on an NVIDIA GPU from compute capability 8.0 that is `"torch_varlen"`, or
         `"triton_varlen"` where the package offers its kernels; elsewhere it is `"sdpa"`.
         """
-        if not self._default_attn_implementation:
-            return self.config._attn_implementation
-        weight = self.encoder.conv1.weight
-        dtype = weight.dtype
-        if torch.is_autocast_enabled(weight.device.type):
-            dtype = torch.get_autocast_dtype(weight.device.type)
-        return _best_attn_implementation(weight.device, dtype)
+        devices = (parameter.device for parameter in self.parameters() if not parameter.is_meta)
+        return self._attn_implementation_on(next(devices, torch.device("cpu")))
 
     def set_attn_implementation(self, attn_implementation: str | dict[str, str], *args: Any, **kwargs: Any) -> None:
         super().set_attn_implementation(attn_implementation, *args, **kwargs)
-        self._default_attn_implementation = False
+        self.config._attn_implementation_is_default = False
 
-    def get_correct_attn_implementation(self, requested_attention: str | None, is_init_check: bool = False) -> str:
-        if requested_attention is not None and requested_attention not in ATTENTION_BACKENDS:
+    def _check_and_adjust_attn_implementation(
+        self, attn_implementation: str | None, is_init_check: bool = False, *args: Any, **kwargs: Any
+    ) -> str:
+        """transformers' check of what was asked for, with this model's own backends and no kernels from the Hub."""
+        if attn_implementation is None:
+            self.config._attn_implementation_is_default = True
+            return DEFAULT_ATTN_IMPLEMENTATION
+        if attn_implementation not in ATTENTION_BACKENDS:
             raise ValueError(
-                f'Specified `attn_implementation="{requested_attention}"` is not supported; '
+                f'Specified `attn_implementation="{attn_implementation}"` is not supported; '
                 f"accepted: {', '.join(ATTENTION_BACKENDS)}"
             )
-        return super().get_correct_attn_implementation(requested_attention, is_init_check)
+        return self.get_correct_attn_implementation(attn_implementation, is_init_check)
 
-    def _attention_backend(self) -> AttentionBackend:
-        name = self.attn_implementation
+    def _attn_implementation_on(self, device: torch.device) -> str:
+        chosen = self.config._attn_implementation
+        if chosen != DEFAULT_ATTN_IMPLEMENTATION or not self.config._attn_implementation_is_default:
+            return chosen
+        autocast = torch.is_autocast_enabled(device.type)
+        return _best_attn_implementation(
+            device, torch.get_autocast_dtype(device.type) if autocast else self._weight_dtype
+        )
+
+    def _attention_backend(self, device: torch.device) -> AttentionBackend:
+        name = self._attn_implementation_on(device)
         backend = ATTENTION_BACKENDS[name]
-        weight = self.encoder.conv1.weight
-        if backend.half_precision_on_cuda and not (
-            weight.device.type in ("cuda", "meta")  # meta: offloaded
-            and (weight.dtype in (torch.float16, torch.bfloat16) or torch.is_autocast_enabled("cuda"))
-        ):
+        half_precision = self._weight_dtype in (torch.float16, torch.bfloat16) or torch.is_autocast_enabled("cuda")
+        if backend.half_precision_on_cuda and not (device.type == "cuda" and half_precision):
             raise ValueError(
-                f"attn_implementation={name!r} with a model in {weight.dtype} on {weight.device}; accepted: "
+                f"attn_implementation={name!r} with a model in {self._weight_dtype} on {device}; accepted: "
                 "float16 or bfloat16 on CUDA. Use attn_implementation='sdpa' elsewhere"
             )
         return backend
@@ -1180,10 +1202,10 @@ class MiMoAudioTokenizerModel(MiMoAudioTokenizerPreTrainedModel):
 
     def get_audio_codes_mask(self, attention_mask: torch.Tensor) -> torch.Tensor:
         """Mask of the codes (batch_size, code_frames) that belongs to a mask of mel frames (batch_size, frames)."""
-        frames = torch.stack([attention_mask.sum(-1), torch.full_like(attention_mask[:, 0], attention_mask.shape[1])])
-        frames = (frames + 2 - self.config.kernel_size) // self.config.stride_size + 1
-        lengths, padded = (frames + self.config.avg_pooler - 1) // self.config.avg_pooler
-        positions = torch.arange(int(padded[0]), device=attention_mask.device)
+        (padded,) = self.encoder.code_lengths([attention_mask.shape[1]])
+        frames = ((attention_mask != 0).sum(-1) + 2 - self.config.kernel_size) // self.config.stride_size + 1
+        lengths = (frames + self.config.avg_pooler - 1) // self.config.avg_pooler
+        positions = torch.arange(padded, device=attention_mask.device)
         return (positions < lengths[:, None]).to(attention_mask.dtype)
 
     # --- The three methods ---
@@ -1225,8 +1247,10 @@ class MiMoAudioTokenizerModel(MiMoAudioTokenizerPreTrainedModel):
         num_quantizers = self._check_num_quantizers(num_quantizers)
         packed = layout is not None
         if layout is None:
-            lengths = self._check_features(input_features, attention_mask)
+            input_features, lengths = self._check_features(input_features, attention_mask)
             input_features, layout = self._pack_features(input_features, lengths)
+        else:
+            _check_packed("input_features", input_features, layout.mel, attention_mask)
         hidden_states = self._hidden_states_list(output_hidden_states)
         features = self._encode_features(input_features, layout, hidden_states)
         output = MiMoAudioTokenizerEncoderOutput(
@@ -1269,6 +1293,8 @@ class MiMoAudioTokenizerModel(MiMoAudioTokenizerPreTrainedModel):
         packed = layout is not None
         if layout is None:
             audio_codes, layout = self._pack_codes(audio_codes, audio_codes_mask)
+        else:
+            _check_packed("audio_codes", audio_codes, layout.codes, audio_codes_mask)
         features = self.encoder.quantizer.decode(audio_codes.long(), self._weight_dtype)
         hidden_states = self._hidden_states_list(output_hidden_states)
         output = self._decode_features(features, layout, hidden_states)
@@ -1285,7 +1311,7 @@ class MiMoAudioTokenizerModel(MiMoAudioTokenizerPreTrainedModel):
     ) -> MiMoAudioTokenizerOutput:
         r"""
         Encodes and decodes. In training mode the decoder's gradient passes straight through the quantizer, the
-        codebooks move (unless `model.encoder` is in evaluation mode), and the losses are returned.
+        codebooks move (unless `model.encoder.quantizer` is in evaluation mode), and the losses are returned.
 
         Args:
             input_features, attention_mask, num_quantizers, output_latents, output_hidden_states: As in `encode`.
@@ -1298,7 +1324,7 @@ class MiMoAudioTokenizerModel(MiMoAudioTokenizerPreTrainedModel):
         """
         self._require_decoder()
         num_quantizers = self._check_num_quantizers(num_quantizers)
-        lengths = self._check_features(input_features, attention_mask)
+        input_features, lengths = self._check_features(input_features, attention_mask)
         input_features, layout = self._pack_features(input_features, lengths)
         hidden_states = self._hidden_states_list(output_hidden_states)
         decoder_hidden_states = self._hidden_states_list(output_hidden_states)
@@ -1312,14 +1338,15 @@ class MiMoAudioTokenizerModel(MiMoAudioTokenizerPreTrainedModel):
         )
         encoded = _pad_encoder_output(encoded, layout)
         device = _compute_device(self._require_decoder().dconv1.conv.weight, input_features)
-        decoder_layout = self.decoder_layout(self.encoder.code_lengths(lengths), device)
+        code_lengths = self.encoder.code_lengths(lengths)
+        decoder_layout = self.decoder_layout(code_lengths, device)
         decoded = _pad_decoder_output(
             self._decode_features(quantized, decoder_layout, decoder_hidden_states), decoder_layout
         )
         losses = {}
         if self.training:
             waveforms = cast(torch.Tensor, decoded.audio_values)
-            reconstruction_loss = self._reconstruction_loss(waveforms, input_features, lengths)
+            reconstruction_loss = self._reconstruction_loss(waveforms, code_lengths, input_features, lengths)
             losses = {
                 "loss": reconstruction_loss + commitment_loss,
                 "commitment_loss": commitment_loss,
@@ -1355,31 +1382,38 @@ class MiMoAudioTokenizerModel(MiMoAudioTokenizerPreTrainedModel):
     def _check_num_quantizers(self, num_quantizers: int | None) -> int:
         if num_quantizers is None:
             return self.config.num_quantizers
-        if not 1 <= num_quantizers <= self.config.num_quantizers:
-            raise ValueError(f"num_quantizers={num_quantizers}; accepted: 1 to {self.config.num_quantizers}")
+        if type(num_quantizers) is not int or not 1 <= num_quantizers <= self.config.num_quantizers:
+            raise ValueError(f"num_quantizers={num_quantizers!r}; accepted: 1 to {self.config.num_quantizers}")
         return num_quantizers
 
     def check_codes(self, audio_codes: torch.Tensor) -> None:
         """Raises a ValueError that names the codebook where packed codes (total_codes, Q) are out of range."""
-        sizes = torch.tensor(self.config.codebook_sizes[: audio_codes.shape[-1]], device=audio_codes.device)
-        outside = ((audio_codes < 0) | (audio_codes >= sizes)).any(0)
+        audio_codes = audio_codes.long()
+        outside = (~self._codes_in_range(audio_codes, dim=-1)).any(0)
         if outside.any():
             book = int(outside.nonzero()[0])
             low, high = audio_codes[:, book].aminmax()
             raise ValueError(
                 f"audio_codes hold {int(low)} to {int(high)} for codebook {book} (counted from 0); "
-                f"accepted: 0 to {int(sizes[book]) - 1}"
+                f"accepted: 0 to {self.config.codebook_sizes[book] - 1}"
             )
 
-    def _check_features(self, input_features: torch.Tensor, attention_mask: torch.Tensor | None) -> list[int]:
-        """Lengths of the clips in mel frames."""
+    def _codes_in_range(self, audio_codes: torch.Tensor, dim: int) -> torch.Tensor:
+        sizes = torch.tensor(self.config.codebook_sizes[: audio_codes.shape[dim]], device=audio_codes.device)
+        return (audio_codes >= 0) & (audio_codes < (sizes if dim == -1 else sizes[:, None]))
+
+    def _check_features(
+        self, input_features: torch.Tensor, attention_mask: torch.Tensor | None
+    ) -> tuple[torch.Tensor, list[int]]:
+        """The features as a tensor, and the clips' lengths in mel frames."""
+        input_features = _as_tensor("input_features", input_features)
         n_mels = self.config.n_mels
         shape = tuple(input_features.shape)
         if len(shape) != 3 or shape[1] != n_mels or 0 in shape:
             raise ValueError(f"input_features have shape {shape}; accepted: (batch_size, {n_mels}, frames)")
         if not input_features.is_floating_point():
             raise ValueError(f"input_features are {input_features.dtype}; accepted: floats")
-        return _mask_lengths("attention_mask", attention_mask, shape[0], shape[2])
+        return input_features, _mask_lengths("attention_mask", attention_mask, shape[0], shape[2])
 
     def _pack_features(
         self, input_features: torch.Tensor, lengths: list[int]
@@ -1395,6 +1429,7 @@ class MiMoAudioTokenizerModel(MiMoAudioTokenizerPreTrainedModel):
     def _pack_codes(
         self, audio_codes: torch.Tensor, audio_codes_mask: torch.Tensor | None
     ) -> tuple[torch.Tensor, MiMoAudioTokenizerDecoderLayout]:
+        audio_codes = _as_tensor("audio_codes", audio_codes)
         shape = tuple(audio_codes.shape)
         if len(shape) != 3 or 0 in shape:
             raise ValueError(f"audio_codes have shape {shape}; accepted: (batch_size, num_quantizers, code_frames)")
@@ -1405,20 +1440,36 @@ class MiMoAudioTokenizerModel(MiMoAudioTokenizerPreTrainedModel):
                 f"audio_codes hold {shape[1]} codebooks (shape {shape}); accepted: 1 to {self.config.num_quantizers}"
             )
         lengths = _mask_lengths("audio_codes_mask", audio_codes_mask, shape[0], shape[2])
+        audio_codes = audio_codes.long()
+        # Where they are, before anything is moved: an index out of range would take a GPU down.
+        read = (
+            torch.arange(shape[2], device=audio_codes.device)
+            < torch.tensor(lengths, device=audio_codes.device)[:, None]
+        )
+        for clip in (~self._codes_in_range(audio_codes, dim=1) & read[:, None]).flatten(1).any(1).nonzero().flatten():
+            try:
+                self.check_codes(audio_codes[clip, :, : lengths[clip]].t())
+            except ValueError as error:
+                raise ValueError(f"clip {int(clip)}: {error}") from error
         device = _compute_device(self._require_decoder().dconv1.conv.weight, audio_codes)
         layout = self.decoder_layout(lengths, device)
-        packed = layout.codes.unpad(audio_codes.to(device).transpose(1, 2))
-        self.check_codes(packed)
-        return packed, layout
+        return layout.codes.unpad(audio_codes.to(device).transpose(1, 2)), layout
 
     def _reconstruction_loss(
-        self, audio_values: torch.Tensor, packed_features: torch.Tensor, lengths: list[int]
+        self,
+        audio_values: torch.Tensor,
+        code_lengths: list[int],
+        packed_features: torch.Tensor,
+        lengths: list[int],
     ) -> torch.Tensor:
         extractor = MiMoAudioTokenizerFeatureExtractor.from_config(self.config)
+        samples_per_frame = self.config.samples_per_frame
         reconstructed = [
-            extractor.log_mel_spectrogram(waveform[0])[:, :length].t()
-            for waveform, length in zip(audio_values, lengths, strict=True)
+            # Cut at the clip's own end: padding would change its last frames.
+            extractor.log_mel_spectrogram(waveform[0, : codes * samples_per_frame])[:, :length].t()
+            for waveform, codes, length in zip(audio_values, code_lengths, lengths, strict=True)
         ]
+        packed_features = packed_features.to(audio_values.device)
         return F.l1_loss(torch.cat(reconstructed), packed_features.float())
 
     def _encode_features(
@@ -1427,7 +1478,8 @@ class MiMoAudioTokenizerModel(MiMoAudioTokenizerPreTrainedModel):
         layout: MiMoAudioTokenizerEncoderLayout,
         hidden_states: list[torch.Tensor] | None,
     ) -> torch.Tensor:
-        return self.encoder(input_features.to(self._weight_dtype), layout, self._attention_backend(), hidden_states)
+        backend = self._attention_backend(layout.mel.cu_seqlens.device)
+        return self.encoder(input_features.to(self._weight_dtype), layout, backend, hidden_states)
 
     def _decode_features(
         self,
@@ -1435,8 +1487,9 @@ class MiMoAudioTokenizerModel(MiMoAudioTokenizerPreTrainedModel):
         layout: MiMoAudioTokenizerDecoderLayout,
         hidden_states: list[torch.Tensor] | None,
     ) -> MiMoAudioTokenizerDecoderOutput:
-        features = features.to(layout.codes.cu_seqlens.device, self._weight_dtype)
-        samples = self._require_decoder()(features, layout, self._attention_backend(), hidden_states)
+        device = layout.codes.cu_seqlens.device
+        features = features.to(device, self._weight_dtype)
+        samples = self._require_decoder()(features, layout, self._attention_backend(device), hidden_states)
         return MiMoAudioTokenizerDecoderOutput(
             audio_values=samples.flatten(),
             audio_lengths=layout.codes.lengths.long() * self.config.samples_per_frame,
@@ -1452,13 +1505,30 @@ def _best_attn_implementation(device: torch.device, dtype: torch.dtype) -> str:
         and dtype in (torch.float16, torch.bfloat16)
         and torch.cuda.get_device_capability(device) >= (8, 0)
     ):
-        return next(name for name, backend in reversed(ATTENTION_BACKENDS.items()) if backend.is_default())
-    return "sdpa"
+        return next(name for name, backend in reversed(ATTENTION_BACKENDS.items()) if backend.is_default(device))
+    return DEFAULT_ATTN_IMPLEMENTATION
 
 
 def _compute_device(weight: torch.Tensor, data: torch.Tensor) -> torch.device:
     """Where a module runs: where its weights are, or where its input is if accelerate has offloaded them."""
     return data.device if weight.is_meta else weight.device
+
+
+def _as_tensor(name: str, value: Any) -> torch.Tensor:
+    try:
+        return torch.as_tensor(value)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise ValueError(f"{name}: {error}; accepted: a tensor or an array") from error
+
+
+def _check_packed(name: str, packed: torch.Tensor, sequences: PackedSequences, mask: torch.Tensor | None) -> None:
+    """What can be checked of packed input without waiting for the GPU."""
+    if mask is not None:
+        raise ValueError(f"{name} with a layout and a mask; accepted: one of the two")
+    if packed.ndim != 2 or packed.shape[0] != sequences.total:
+        raise ValueError(
+            f"{name} have shape {tuple(packed.shape)}; accepted: ({sequences.total}, ...), as the layout says"
+        )
 
 
 def _check_lengths(lengths: Sequence[int]) -> list[int]:
@@ -1472,6 +1542,7 @@ def _mask_lengths(name: str, mask: torch.Tensor | None, batch_size: int, frames:
     """Lengths of the clips behind a padding mask: the one time that a batch on the GPU is waited for."""
     if mask is None:
         return [frames] * batch_size
+    mask = _as_tensor(name, mask)
     if tuple(mask.shape) != (batch_size, frames):
         raise ValueError(f"{name} has shape {tuple(mask.shape)}; accepted: {(batch_size, frames)}")
     mask = mask.cpu()
@@ -1510,7 +1581,7 @@ def _pad_decoder_output(
 
 
 def _refuse_pickle(folder: Path) -> None:
-    if not folder.is_dir() or any(folder.glob("*.safetensors")):
+    if not folder.is_dir() or any(folder.glob("model*.safetensors")):
         return
     pickles = sorted(file.name for suffix in ("*.bin", "*.pt", "*.pth", "*.ckpt") for file in folder.glob(suffix))
     if pickles:
