@@ -153,6 +153,37 @@ def test_decoder(dtype):
     torch.testing.assert_close(load_audio(decoder), resample(data.float().mean(0), 44100, 24000))
 
 
+def test_decoder_of_mono_samples_without_channels():
+    data = torch.rand(441) - 0.5
+    decoder = SimpleNamespace(get_all_samples=lambda: SimpleNamespace(data=data, sample_rate=24000))
+    assert torch.equal(load_audio(decoder), data)
+    decoder = SimpleNamespace(get_all_samples=lambda: SimpleNamespace(data=data[None, None], sample_rate=24000))
+    with pytest.raises(ValueError, match=r"shape \(1, 1, 441\); accepted: \(samples,\)"):
+        load_audio(decoder)
+
+
+@pytest.mark.parametrize("rate", [24000.5, 24000.0, "24000", None])
+def test_rates_that_are_no_integers(tmp_path, rate):
+    with pytest.raises(ValueError, match=r"sampling_rate must be .* an integer"):
+        load_audio(SPEECH, rate)
+    with pytest.raises(ValueError, match="sampling_rate=.*; accepted: an integer"):
+        save_audio(tmp_path / "a.wav", torch.zeros(10), rate)
+
+
+@pytest.mark.parametrize("waveform", [[0.5, 0.5], None, "noise", np.array(["noise"])])
+def test_what_is_no_waveform_is_not_saved(tmp_path, waveform):
+    with pytest.raises(ValueError, match=r"a\.wav: waveform is an? .*; accepted: "):
+        save_audio(tmp_path / "a.wav", waveform, RATE)
+
+
+def test_a_file_that_cannot_be_replaced_is_named(tmp_path):
+    (tmp_path / "a.wav").mkdir()
+    with pytest.raises(OSError) as raised:
+        save_audio(tmp_path / "a.wav", torch.zeros(10), RATE)
+    assert raised.value.filename == str(tmp_path / "a.wav")
+    assert "tmp" not in str(raised.value).replace(str(tmp_path), "")
+
+
 def test_missing_file(tmp_path):
     with pytest.raises(FileNotFoundError, match="missing.wav"):
         load_audio(tmp_path / "missing.wav")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import subprocess
 import sys
 from pathlib import Path
@@ -11,8 +12,8 @@ import soundfile
 import torch
 from safetensors.torch import save_file
 
-from mimo_audio_hf import load_audio
-from mimo_audio_hf.checkpoints import init_checkpoint
+from mimo_audio_hf import MiMoAudioTokenizerConfig, MiMoAudioTokenizerModel, cli, load_audio
+from mimo_audio_hf.checkpoints import PRESETS, init_checkpoint
 from mimo_audio_hf.cli import main
 from mimo_audio_hf.codes import AudioCodes
 from mimo_audio_hf.inference import decode_codes, encode_waveforms
@@ -190,7 +191,6 @@ def test_inputs_and_outputs_that_do_not_suit(run, audio, tmp_path, monkeypatch, 
     ("options", "fault"),
     [
         (["--num-quantizers", "21"], "num_quantizers=21; accepted: 1 to 20"),
-        (["--batch-seconds", "0"], "max_batch_seconds=0.0; accepted: a positive number"),
         (["--attn-implementation", "torch_varlen"], "attn_implementation='torch_varlen'"),
     ],
 )
@@ -213,8 +213,64 @@ def test_a_gpu_that_is_too_small(run, audio, tmp_path, monkeypatch):
 
     monkeypatch.setattr("mimo_audio_hf.cli.encode_waveforms", run_out_of_memory)
     status, out, err = run("encode", audio, "-o", tmp_path / "codes")
+    assert (status, out, len(err)) == (1, [], 3)
+    for line, name in zip(err, ("a.wav", "b.flac", "a.WAV"), strict=True):
+        assert f"{name}: out of memory; accepted: a smaller --batch-seconds" in line
+
+
+@pytest.mark.parametrize("error", [ValueError("too odd"), torch.OutOfMemoryError("CUDA out of memory")])
+def test_a_file_that_cannot_be_converted_is_named_and_the_others_are(run, audio, tmp_path, monkeypatch, error):
+    def encode(model, waveforms, *arguments, **options):
+        if any(len(waveform) == 12345 for waveform in waveforms):
+            raise error
+        return encode_waveforms(model, waveforms, *arguments, **options)
+
+    monkeypatch.setattr("mimo_audio_hf.cli.encode_waveforms", encode)
+    status, out, err = run("encode", audio, "-o", tmp_path / "codes")
+    assert (status, len(err)) == (1, 1)
+    assert err[0].startswith(f"mimo-audio: error: {audio / 'b.flac'}: ")
+    assert out[0].startswith(f"encoded 2 of 3 clips, {(5000 + 2400) / 24000:.2f} s of audio")
+    assert files_in(tmp_path / "codes") == ["a.safetensors", "sub/a.safetensors"]
+
+
+def test_a_file_that_cannot_be_saved_is_named_and_the_others_are(run, audio, tmp_path):
+    assert run("encode", audio, "-o", tmp_path / "codes")[0] == 0
+    (tmp_path / "decoded" / "a.wav").mkdir(parents=True)
+    status, out, err = run("decode", tmp_path / "codes", "-o", tmp_path / "decoded")
+    assert (status, len(err)) == (1, 1)
+    assert err[0].startswith(f"mimo-audio: error: {tmp_path / 'decoded' / 'a.wav'}: ")
+    assert out[0].startswith("decoded 2 of 3 clips")
+    assert files_in(tmp_path / "decoded") == ["b.wav", "sub/a.wav"]
+
+
+def test_a_model_without_decoder_is_said_once(run, audio, tmp_path):
+    encoder = MiMoAudioTokenizerModel(MiMoAudioTokenizerConfig(**PRESETS["tiny"], has_decoder=False))
+    encoder.save_pretrained(tmp_path / "encoder")
+    assert run("encode", audio, "-o", tmp_path / "codes", model=tmp_path / "encoder")[0] == 0
+    status, out, err = run("decode", tmp_path / "codes", "-o", tmp_path / "decoded", model=tmp_path / "encoder")
     assert (status, out, len(err)) == (1, [], 1)
-    assert "out of memory; accepted: a smaller --batch-seconds" in err[0]
+    assert "encoder only" in err[0]
+
+
+def test_folders_that_are_named_like_audio_are_no_files(run, audio, tmp_path):
+    (audio / "folder.wav").mkdir()
+    status, out, err = run("encode", audio, "-o", tmp_path / "codes")
+    assert (status, err) == (0, [])
+    assert out[0].startswith("encoded 3 of 3 clips")
+
+
+def test_the_progress_bar_counts_all_files(run, audio, tmp_path, monkeypatch):
+    bars = []
+
+    class Bar(cli.tqdm):
+        def __init__(self, *args, **kwargs):
+            super().__init__(*args, **kwargs | {"disable": False, "file": io.StringIO()})
+            bars.append(self)
+
+    monkeypatch.setattr(cli, "tqdm", Bar)
+    (audio / "aa.wav").write_bytes(b"no audio")
+    assert run("encode", audio, "-o", tmp_path / "codes")[0] == 1
+    assert [(bar.n, bar.total) for bar in bars] == [(4, 4)]
 
 
 def test_files_are_loaded_a_few_batches_at_a_time(run, tmp_path, write_audio, monkeypatch):
@@ -419,6 +475,13 @@ def test_init_writes_a_checkpoint_once(run, tmp_path):
         (["encode", "-o", "codes"], "IN"),
         (["encode", "a.wav", "-o", "codes", "--dtype", "int8"], "int8"),
         (["decode", "a.safetensors", "-o", "out", "--format", "aac"], "aac"),
+        (["encode", "a.wav", "-o", "-"], "'-', standard input or output"),
+        (["encode", "-", "-o", "codes"], "'-', standard input or output"),
+        (["roundtrip", "-", "out.wav"], "'-', standard input or output"),
+        (["encode", "a.wav", "-o", "codes", "--batch-seconds", "0"], "'0'; accepted: a positive number"),
+        (["encode", "a.wav", "-o", "codes", "--batch-seconds", "nan"], "'nan'; accepted: a positive number"),
+        (["encode", "a.wav", "-o", "codes", "--batch-seconds", "x"], "'x'; accepted: a positive number"),
+        (["encode", "a.wav", "-o", "codes", "--num-quantizers", "0"], "'0'; accepted: 1 or more"),
         (["init", "folder"], "--preset"),
         (["init", "folder", "--preset", "huge"], "huge"),
     ],

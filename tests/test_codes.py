@@ -76,6 +76,12 @@ def test_the_smallest_dtype_holds_the_largest_code(tmp_path, sizes, dtype):
     assert torch.equal(AudioCodes.load(tmp_path / "clip.safetensors").codes, codes)
 
 
+@pytest.mark.parametrize("dtype", [torch.uint16, torch.uint32])
+def test_unsigned_codes(tmp_path, dtype):
+    audio_codes(codes=CODES.to(dtype)).save(tmp_path / "clip.safetensors")
+    assert torch.equal(AudioCodes.load(tmp_path / "clip.safetensors").codes, CODES)
+
+
 def test_of_a_model():
     config = MiMoAudioTokenizerConfig(name_or_path="owner/name")
     codes = AudioCodes.of_model(config, CODES, num_samples=4321)
@@ -95,6 +101,13 @@ def test_duration_and_bitrate():
         ({"codes": CODES[:0]}, r"codes have shape \(0, 3\)"),
         ({"codes": CODES.float()}, "codes are torch.float32"),
         ({"codes": CODES.bool()}, "codes are torch.bool"),
+        ({"codes": CODES.numpy()}, "codes are a ndarray; accepted: a torch.Tensor"),
+        ({"codes": CODES.tolist()}, "codes are a list"),
+        ({"codebook_sizes": 1024}, "codebook_sizes=1024; accepted: a tuple"),
+        ({"sampling_rate": "24000"}, "sampling_rate='24000'; accepted: an integer"),
+        ({"num_samples": None}, "num_samples=None"),
+        ({"model": None}, "model=None"),
+        ({"codes": (CODES + 1).to(torch.uint16)}, r"1 to 1024 for codebook 0"),
         ({"codes": CODES + 1}, r"1 to 1024 for codebook 0 .*0 to 1023"),
         ({"codes": CODES - 1}, r"-1 to 1022 for codebook 0"),
         ({"codebook_sizes": (1024, 1024)}, r"codebook_sizes=\[1024, 1024\]"),

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 import mimo_audio_hf.compat as mimo_audio_tokenizer
-from mimo_audio_hf import MiMoAudioTokenizerFeatureExtractor, MiMoAudioTokenizerModel
+from mimo_audio_hf import MiMoAudioTokenizerFeatureExtractor, MiMoAudioTokenizerModel, decode_codes, encode_waveforms
 
 
 SAMPLES = (9600, 4000)  # 41 and 17 mel frames, 11 and 5 code frames
@@ -186,6 +186,17 @@ def test_saved_model_loads_as_either_class(tokenizer, tmp_path, batch):
     assert torch.equal(mimo_audio_tokenizer.load_model(tmp_path).encode(*batch)[0], expected)
     codes = MiMoAudioTokenizerModel.from_pretrained(tmp_path).encode(batch[0][:1]).audio_codes
     assert torch.equal(codes[0].T, expected[0])
+    assert json.loads((tmp_path / "config.json").read_text())["architectures"] == ["MiMoAudioTokenizerModel"]
+
+
+def test_this_packages_functions_take_the_model(tokenizer, checkpoint, clips):
+    assert type(tokenizer) is type(mimo_audio_tokenizer.load_model("tiny")) is mimo_audio_tokenizer.MiMoAudioTokenizer
+    model = MiMoAudioTokenizerModel.from_pretrained(checkpoint)
+    codes, expected = encode_waveforms(tokenizer, clips), encode_waveforms(model, clips)
+    for clip, reference in zip(codes, expected, strict=True):
+        assert torch.equal(clip, reference)
+    for clip, reference in zip(decode_codes(tokenizer, codes), decode_codes(model, codes), strict=True):
+        assert torch.equal(clip, reference)
 
 
 @pytest.mark.parametrize(

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import math
 
+import numpy as np
 import pytest
 import torch
 
 from mimo_audio_hf import MiMoAudioTokenizerConfig, MiMoAudioTokenizerFeatureExtractor, MiMoAudioTokenizerModel
 from mimo_audio_hf.checkpoints import PRESETS
-from mimo_audio_hf.inference import decode_codes, encode_waveforms, group_by_seconds
+from mimo_audio_hf.inference import convert_each, decode_codes, encode_waveforms, group_by_seconds
 
 
 # Samples: odd and even numbers of frames, one too short for the STFT's padding, and no order.
@@ -121,6 +122,55 @@ def test_progress_counts_the_seconds_of_every_batch(tiny_model, waveforms, codes
 def test_a_bad_waveform_is_named_by_its_place(tiny_model, waveforms, waveform, fault):
     with pytest.raises(ValueError, match=rf"waveforms\[1\].*{fault}"):
         encode_waveforms(tiny_model, [waveforms[0], waveform])
+
+
+def test_nothing_is_encoded_before_everything_is_checked(tiny_model, waveforms):
+    encoded: list[float] = []
+    for clips, count, fault in (
+        ([waveforms[5], torch.zeros(0)], None, r"waveforms\[1\]"),  # the empty one would be the last to run
+        (waveforms[:1], 21, "num_quantizers=21"),
+        ([], 21, "num_quantizers=21"),
+    ):
+        with pytest.raises(ValueError, match=fault):
+            encode_waveforms(tiny_model, clips, count, max_batch_seconds=0.1, progress=encoded.append)
+    assert encoded == []
+
+
+def test_arrays_are_taken_and_nothing_else(tiny_model, waveforms, codes):
+    (encoded,) = encode_waveforms(tiny_model, [waveforms[0].numpy()])
+    assert torch.equal(encoded, codes[0])
+    (decoded,) = decode_codes(tiny_model, [codes[0].numpy().astype(np.uint16)])
+    assert torch.equal(decoded, decode_codes(tiny_model, codes[:1])[0])
+    for bad in (None, [0.5, 0.5], "clip", np.array(["clip"])):
+        with pytest.raises(ValueError, match=r"waveforms\[0\] is a"):
+            encode_waveforms(tiny_model, [bad])
+        with pytest.raises(ValueError, match=r"codes\[0\] is a"):
+            decode_codes(tiny_model, [bad])
+
+
+def test_offloaded_weights(tiny_checkpoint, tiny_model, waveforms, codes, tmp_path):
+    model = MiMoAudioTokenizerModel.from_pretrained(
+        tiny_checkpoint, device_map={"encoder": "cpu", "decoder": "disk"}, offload_folder=tmp_path
+    )
+    assert {weight.is_meta for weight in model.decoder.parameters()} == {True}
+    assert torch.equal(encode_waveforms(model, waveforms[:1])[0], codes[0])
+    torch.testing.assert_close(decode_codes(model, codes[:1])[0], decode_codes(tiny_model, codes[:1])[0])
+
+
+def test_a_batch_that_fails_is_retried_item_by_item():
+    calls: list[list[int]] = []
+
+    def invert(items: list[int]) -> list[float]:
+        calls.append(items)
+        if 0 in items:
+            raise ValueError("zero")
+        return [1 / item for item in items]
+
+    assert convert_each(invert, []) == []
+    assert convert_each(invert, [1, 2]) == [1, 0.5]
+    first, error, last = convert_each(invert, [1, 0, 2])
+    assert (first, str(error), last) == (1, "zero", 0.5)
+    assert calls == [[], [1, 2], [1, 0, 2], [1], [0], [2]]
 
 
 @pytest.mark.parametrize(

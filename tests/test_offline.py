@@ -89,6 +89,35 @@ def test_bad_clips_are_named_and_the_others_finished(tmp_path, tiny_checkpoint, 
     check([line for line in lines if line["key"] not in ("clip2", "clip4")], tiny_model, tokens=True, audio=False)
 
 
+def test_bad_codes_are_named_and_the_others_decoded(tmp_path, tiny_checkpoint, tiny_model, lines, capfd):
+    assert main(arguments(tmp_path, tiny_checkpoint, lines, "wav2token")) == 0
+    for index, tokens in ((1, [[5000] * 20]), (3, [[0] * 21]), (6, [[10**30]])):
+        Path(lines[index]["quantized_tokens"]).write_text(json.dumps({"quantized_tokens": tokens}))
+    assert main(arguments(tmp_path, tiny_checkpoint, lines, "token2wav")) == 1
+    output = capfd.readouterr()
+    for culprit in ("clip1: ", "clip3: ", "clip6: "):
+        assert f"failed: {culprit}" in output.err
+    assert "token2wav: 4 of 7 clips" in output.out
+    check([lines[index] for index in (0, 2, 4, 5)], tiny_model, tokens=True, audio=True)
+
+
+@pytest.mark.parametrize("error", [ValueError("too odd"), torch.OutOfMemoryError("CUDA out of memory")])
+def test_a_clip_that_fails_does_not_take_its_batch_along(
+    tmp_path, tiny_checkpoint, tiny_model, lines, capfd, monkeypatch, error
+):
+    def encode(model, waveforms, num_quantizers):
+        if any(len(waveform) == 1000 + 777 for waveform in waveforms):
+            raise error
+        return encode_waveforms(model, waveforms, num_quantizers)
+
+    monkeypatch.setattr("mimo_audio_hf.offline.encode_waveforms", encode)
+    assert main(arguments(tmp_path, tiny_checkpoint, lines, "wav2token")) == 1
+    output = capfd.readouterr()
+    assert f"failed: clip1: {error}" in output.err
+    assert "wav2token: 6 of 7 clips" in output.out
+    check([line for line in lines if line["key"] != "clip1"], tiny_model, tokens=True, audio=False)
+
+
 def test_two_lines_may_not_write_one_file(tmp_path, tiny_checkpoint, lines, capfd):
     lines[3]["quantized_tokens"] = lines[1]["quantized_tokens"]
     assert main(arguments(tmp_path, tiny_checkpoint, lines, "wav2token")) == 1

@@ -13,6 +13,7 @@ from __future__ import annotations
 import functools
 import io
 import math
+import numbers
 import os
 import struct
 from pathlib import Path
@@ -72,15 +73,20 @@ def load_audio(source: AudioSource, sampling_rate: int = 24000) -> torch.Tensor:
         FileNotFoundError: there is no file at that path.
         ValueError: the audio cannot be decoded, has no samples, holds NaN or infinity, or is incomplete. The last
             cannot be told of an MP3 without a Xing header, nor of AU, CAF and W64: these give what there is. Also for
-            a ``sampling_rate`` that is not positive.
+            a ``sampling_rate`` that is no positive integer.
         TypeError: ``source`` is none of the above.
     """
-    if sampling_rate <= 0:
-        raise ValueError(f"sampling_rate must be a positive number of Hz, got {sampling_rate}")
+    if not isinstance(sampling_rate, numbers.Integral) or sampling_rate <= 0:
+        raise ValueError(f"sampling_rate must be a positive number of Hz, an integer, got {sampling_rate!r}")
     if hasattr(source, "get_all_samples"):
         name = type(source).__name__
         decoded = source.get_all_samples()
-        samples, rate = decoded.data.to(device="cpu", dtype=torch.float32).mean(dim=0), int(decoded.sample_rate)
+        samples, rate = as_tensor(f"{name}'s data", decoded.data), int(decoded.sample_rate)
+        if samples.ndim not in (1, 2):
+            shape = tuple(samples.shape)
+            raise ValueError(f"{name}: data of shape {shape}; accepted: (samples,) or (channels, samples)")
+        samples = samples.to(device="cpu", dtype=torch.float32)
+        samples = samples.mean(dim=0) if samples.ndim == 2 else samples
     elif isinstance(source, (str, os.PathLike)):
         name = os.fspath(source)
         if os.path.isdir(name):
@@ -104,6 +110,23 @@ def load_audio(source: AudioSource, sampling_rate: int = 24000) -> torch.Tensor:
     if not samples.isfinite().all():
         raise ValueError(f"{name}: NaN or infinite samples; accepted: finite samples")
     return resample(samples, rate, sampling_rate)
+
+
+def as_tensor(name: str, value: Any) -> torch.Tensor:
+    """A tensor itself, or an array as a tensor.
+
+    Raises:
+        ValueError: neither, or an array of a kind that torch does not have; the message begins with `name`.
+    """
+    if isinstance(value, torch.Tensor):
+        return value
+    if not isinstance(value, np.ndarray):
+        raise ValueError(f"{name} is a {type(value).__name__}; accepted: a torch.Tensor or a numpy array")
+    try:
+        # A copy, since torch has no read-only tensors and no negative strides.
+        return torch.from_numpy(np.array(value, order="C"))
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{name} is an array of {value.dtype}; accepted: a dtype that torch has") from error
 
 
 def resample(waveform: torch.Tensor, orig_freq: int, new_freq: int) -> torch.Tensor:
@@ -177,9 +200,9 @@ def save_audio(path: str | os.PathLike[str], waveform: torch.Tensor | np.ndarray
     if path.suffix.lower() not in AUDIO_FORMATS:
         raise ValueError(f"{path}: unsupported extension {path.suffix!r}; accepted: {', '.join(AUDIO_FORMATS)}")
     file_format, subtype = AUDIO_FORMATS[path.suffix.lower()]
-    # A copy of an array, since torch has no read-only tensors and no negative strides.
-    samples = torch.from_numpy(np.array(waveform, order="C")) if isinstance(waveform, np.ndarray) else waveform
-    samples = samples.detach().cpu()
+    if not isinstance(sampling_rate, numbers.Integral):
+        raise ValueError(f"{path}: sampling_rate={sampling_rate!r}; accepted: an integer number of Hz")
+    samples = as_tensor(f"{path}: waveform", waveform).detach().cpu()
     if not samples.is_floating_point():
         raise ValueError(f"{path}: waveform is {samples.dtype}; accepted: a floating dtype")
     if not samples.numel() or samples.shape not in ((samples.numel(),), (1, samples.numel())):

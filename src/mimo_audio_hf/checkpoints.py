@@ -55,8 +55,9 @@ def load_model(
     model: str | os.PathLike[str] | MiMoAudioTokenizerModel = RELEASED_MODEL,
     *,
     device: torch.device | str | None = None,
-    dtype: torch.dtype | None = None,
+    dtype: torch.dtype | str | None = None,
     attn_implementation: str | None = None,
+    model_class: type[MiMoAudioTokenizerModel] = MiMoAudioTokenizerModel,
 ) -> MiMoAudioTokenizerModel:
     """Load a tokenizer, in evaluation mode.
 
@@ -66,13 +67,16 @@ def load_model(
             directory of this name is `"./tiny"`); or a loaded model, which is returned itself, its mode unchanged.
         device: where to put it; by default CUDA if there is any, else MPS, else the CPU. A loaded model stays where it
             is by default.
-        dtype: the dtype of its weights; by default the checkpoint's, or the loaded model's.
+        dtype: the dtype of its weights, or its name (`"bfloat16"`); by default the checkpoint's, or the loaded
+            model's.
         attn_implementation: one of `ATTENTION_BACKENDS`, e.g. `"sdpa"`; by default the best one for device and dtype.
+        model_class: the class of the model that is made. A loaded model keeps its own.
 
     Raises:
-        ValueError: there is no such model, its files are missing, damaged, a pickle, or another model's; or the device
-            or the attention implementation is not available. The message names which.
+        ValueError: there is no such model, its files are missing, damaged, a pickle, or another model's; the dtype is
+            none of weights; or the device or the attention implementation is not available. The message names which.
     """
+    weight_dtype = None if dtype is None else _weight_dtype(dtype)
     if isinstance(model, MiMoAudioTokenizerModel):
         loaded = model
         target = None if device is None else _available_device(device)
@@ -80,17 +84,17 @@ def load_model(
         target = _available_device(_default_device() if device is None else device)
         if model == "tiny":
             logger.warning("the tiny model is randomly initialized, not trained: its codes and audio mean nothing")
-            loaded = _initialized_model("tiny", seed=0)
+            loaded = _initialized_model("tiny", seed=0, model_class=model_class)
             loaded.config.name_or_path = "tiny"
         else:
-            loaded = _read_checkpoint(model, dtype)
+            loaded = _read_checkpoint(model, weight_dtype, model_class)
         loaded.eval()
     if attn_implementation is not None:
         try:
             loaded.set_attn_implementation(attn_implementation)
         except ImportError as error:
             raise ValueError(f"attn_implementation={attn_implementation!r} is not available: {error}") from error
-    return loaded.to(device=target, dtype=dtype)  # type: ignore[call-arg] # (transformers wraps it untyped)
+    return loaded.to(device=target, dtype=weight_dtype)  # type: ignore[call-arg] # (transformers wraps it untyped)
 
 
 def init_checkpoint(directory: str | os.PathLike[str], preset: str, seed: int = 0) -> MiMoAudioTokenizerModel:
@@ -124,7 +128,9 @@ def init_checkpoint(directory: str | os.PathLike[str], preset: str, seed: int = 
     return model
 
 
-def _initialized_model(preset: str, seed: int) -> MiMoAudioTokenizerModel:
+def _initialized_model(
+    preset: str, seed: int, model_class: type[MiMoAudioTokenizerModel] = MiMoAudioTokenizerModel
+) -> MiMoAudioTokenizerModel:
     if preset not in PRESETS:
         raise ValueError(f"preset={preset!r}; accepted: {', '.join(map(repr, PRESETS))}")
     if not 0 <= seed < 2**63:
@@ -132,10 +138,12 @@ def _initialized_model(preset: str, seed: int) -> MiMoAudioTokenizerModel:
     # On the CPU and with its generator only, so that the weights do not depend on the machine.
     with torch.random.fork_rng(devices=[]), torch.device("cpu"):
         torch.default_generator.manual_seed(seed)
-        return MiMoAudioTokenizerModel(MiMoAudioTokenizerConfig(**PRESETS[preset]))
+        return model_class(MiMoAudioTokenizerConfig(**PRESETS[preset]))
 
 
-def _read_checkpoint(model: str | os.PathLike[str], dtype: torch.dtype | None) -> MiMoAudioTokenizerModel:
+def _read_checkpoint(
+    model: str | os.PathLike[str], dtype: torch.dtype | None, model_class: type[MiMoAudioTokenizerModel]
+) -> MiMoAudioTokenizerModel:
     name = os.fspath(model)
     # A mistyped path must not be looked up on the Hub.
     is_directory = name != "" and Path(name).is_dir()
@@ -143,7 +151,7 @@ def _read_checkpoint(model: str | os.PathLike[str], dtype: torch.dtype | None) -
         raise ValueError(f"model={name!r}: there is no such directory; {_ACCEPTED}")
     options = {} if dtype is None else {"dtype": dtype}
     try:
-        return MiMoAudioTokenizerModel.from_pretrained(name, subfolder=_find_subfolder(name), **options)
+        return model_class.from_pretrained(name, subfolder=_find_subfolder(name), **options)
     except (OSError, SafetensorError) as error:
         raise ValueError(f"model={name!r}: {' '.join(str(error).split())} {_ACCEPTED}") from error
 
@@ -163,6 +171,13 @@ def _find_subfolder(name: str) -> str:
                 return subfolder
             found.append(f"config.json of a {model_type!r} model")
     raise ValueError(f"model={name!r}: {', '.join(found) or 'no config.json'}; {_ACCEPTED}")
+
+
+def _weight_dtype(dtype: torch.dtype | str) -> torch.dtype:
+    found = getattr(torch, dtype, None) if isinstance(dtype, str) else dtype
+    if not isinstance(found, torch.dtype) or not found.is_floating_point:
+        raise ValueError(f"dtype={dtype!r}; accepted: a floating torch.dtype or its name, such as 'bfloat16'")
+    return found
 
 
 def _default_device() -> str:

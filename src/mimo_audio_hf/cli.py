@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import itertools
 import logging
+import math
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -26,7 +27,14 @@ from .audio import AUDIO_FORMATS, load_audio, save_audio
 from .checkpoints import PRESETS, RELEASED_MODEL, init_checkpoint, load_model
 from .codes import AudioCodes
 from .hub import add_hub_command
-from .inference import MAX_BATCH_SECONDS, Progress, decode_codes, encode_waveforms, group_by_seconds
+from .inference import (
+    MAX_BATCH_SECONDS,
+    check_num_quantizers,
+    convert_each,
+    decode_codes,
+    encode_waveforms,
+    group_by_seconds,
+)
 from .modeling_mimo_audio_tokenizer import ATTENTION_BACKENDS, MiMoAudioTokenizerModel
 from .version import __version__
 
@@ -43,6 +51,8 @@ AUDIO_SUFFIXES = (*OUTPUT_SUFFIXES, ".aif", ".aiff", ".au", ".caf", ".opus", ".w
 # Files are loaded this many batches at a time: enough to sort by length, little enough to hold in memory.
 _BATCHES_LOADED = 4
 
+_OUT_OF_MEMORY = "out of memory; accepted: a smaller --batch-seconds, a shorter clip or --dtype bfloat16"
+
 
 def add_encode(subparsers: Subparsers) -> None:
     parser = subparsers.add_parser(
@@ -52,12 +62,12 @@ def add_encode(subparsers: Subparsers) -> None:
         "safetensors file each). Existing code files are overwritten, other files never.",
     )
     parser.add_argument(
-        "inputs", nargs="+", type=Path, metavar="IN", help="audio files, or folders to be searched for them"
+        "inputs", nargs="+", type=_path, metavar="IN", help="audio files, or folders to be searched for them"
     )
     parser.add_argument(
         "-o",
         "--output",
-        type=Path,
+        type=_path,
         required=True,
         metavar="OUT",
         help="a folder, which gets NAME.safetensors for each NAME.wav and the inputs' subfolders; for one input file "
@@ -73,7 +83,7 @@ def run_encode(args: argparse.Namespace) -> int:
     files = _plan_outputs(args.inputs, args.output, AUDIO_SUFFIXES, (code_files.SUFFIX,), code_files.SUFFIX)
     for target in files:
         code_files.require_writable(target)
-    model = _load_model(args)
+    model = _load_converter(args, args.num_quantizers)
 
     def save(target: Path, waveform: torch.Tensor, codes: torch.Tensor) -> None:
         AudioCodes.of_model(model.config, codes, num_samples=len(waveform)).save(target)
@@ -84,8 +94,8 @@ def run_encode(args: argparse.Namespace) -> int:
         args,
         load=lambda path: load_audio(path, model.config.sampling_rate),
         seconds=lambda waveform: len(waveform) / model.config.sampling_rate,
-        convert=lambda waveforms, progress: encode_waveforms(
-            model, waveforms, args.num_quantizers, max_batch_seconds=args.batch_seconds, progress=progress
+        convert=lambda waveforms: encode_waveforms(
+            model, waveforms, args.num_quantizers, max_batch_seconds=args.batch_seconds
         ),
         save=save,
     )
@@ -99,12 +109,12 @@ def add_decode(subparsers: Subparsers) -> None:
         "overwritten.",
     )
     parser.add_argument(
-        "inputs", nargs="+", type=Path, metavar="IN", help="code files, or folders to be searched for them"
+        "inputs", nargs="+", type=_path, metavar="IN", help="code files, or folders to be searched for them"
     )
     parser.add_argument(
         "-o",
         "--output",
-        type=Path,
+        type=_path,
         required=True,
         metavar="OUT",
         help="a folder, which gets NAME.wav for each NAME.safetensors and the inputs' subfolders; for one input file "
@@ -123,7 +133,7 @@ def add_decode(subparsers: Subparsers) -> None:
 def run_decode(args: argparse.Namespace) -> int:
     suffixes = OUTPUT_SUFFIXES if args.format is None else (f".{args.format}",)
     files = _plan_outputs(args.inputs, args.output, (code_files.SUFFIX,), suffixes, suffixes[0])
-    model = _load_model(args)
+    model = _load_converter(args, decodes=True)
     other_models: set[str] = set()
 
     def load(path: Path) -> AudioCodes:
@@ -144,8 +154,8 @@ def run_decode(args: argparse.Namespace) -> int:
         args,
         load=load,
         seconds=lambda codes: codes.seconds,
-        convert=lambda clips, progress: decode_codes(
-            model, [clip.codes for clip in clips], max_batch_seconds=args.batch_seconds, progress=progress
+        convert=lambda clips: decode_codes(
+            model, [clip.codes for clip in clips], max_batch_seconds=args.batch_seconds
         ),
         save=lambda target, codes, waveform: save_audio(target, waveform[: codes.num_samples], codes.sampling_rate),
     )
@@ -158,9 +168,9 @@ def add_roundtrip(subparsers: Subparsers) -> None:
         description="Encode an audio file and decode its codes: what the tokenizer keeps of it, with as many samples "
         "as it has at the model's sampling rate. An existing OUT is overwritten.",
     )
-    parser.add_argument("input", type=Path, metavar="IN", help="audio file")
+    parser.add_argument("input", type=_path, metavar="IN", help="audio file")
     parser.add_argument(
-        "output", type=Path, metavar="OUT", help=f"audio file to write: a name ending in {', '.join(OUTPUT_SUFFIXES)}"
+        "output", type=_path, metavar="OUT", help=f"audio file to write: a name ending in {', '.join(OUTPUT_SUFFIXES)}"
     )
     _add_num_quantizers(parser)
     _add_model_options(parser)
@@ -172,7 +182,7 @@ def run_roundtrip(args: argparse.Namespace) -> int:
         raise ValueError(f"{args.output}: accepted: a file name ending in {', '.join(OUTPUT_SUFFIXES)}")
     if args.output.exists() and args.input.exists() and args.output.samefile(args.input):
         raise ValueError(f"{args.output} is the input itself; accepted: another file")
-    model = _load_model(args)
+    model = _load_converter(args, args.num_quantizers, decodes=True)
     sampling_rate = model.config.sampling_rate
     return _convert_files(
         "encoded and decoded",
@@ -180,9 +190,7 @@ def run_roundtrip(args: argparse.Namespace) -> int:
         args,
         load=lambda path: load_audio(path, sampling_rate),
         seconds=lambda waveform: len(waveform) / sampling_rate,
-        convert=lambda waveforms, progress: decode_codes(
-            model, encode_waveforms(model, waveforms, args.num_quantizers), progress=progress
-        ),
+        convert=lambda waveforms: decode_codes(model, encode_waveforms(model, waveforms, args.num_quantizers)),
         save=lambda target, waveform, decoded: save_audio(target, decoded[: len(waveform)], sampling_rate),
     )
 
@@ -261,7 +269,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except (ValueError, OSError) as error:
         _report(error)
     except torch.OutOfMemoryError:
-        _report("out of memory; accepted: a smaller --batch-seconds, a shorter clip or --dtype bfloat16")
+        _report(_OUT_OF_MEMORY)
     return 1
 
 
@@ -272,26 +280,53 @@ class _Parser(argparse.ArgumentParser):
         self.exit(2, f"{self.prog}: error: {message}; see {self.prog} --help\n")
 
 
-def _report(error: Exception | str) -> None:
-    """One line on stderr, above a progress bar."""
+def _report(error: Exception | str, culprit: Path | None = None) -> None:
+    """One line on stderr, above a progress bar, which names the culprit if the error does not."""
+    message = str(error)
     if isinstance(error, OSError) and error.filename is not None:
-        error = f"{error.filename}: {error.strerror}"
-    tqdm.write(f"mimo-audio: error: {' '.join(str(error).split())}", file=sys.stderr)
+        message = f"{error.filename}: {error.strerror}"
+    elif isinstance(error, torch.OutOfMemoryError):
+        message = _OUT_OF_MEMORY
+    if culprit is not None and str(culprit) not in message:
+        message = f"{culprit}: {message}"
+    tqdm.write(f"mimo-audio: error: {' '.join(message.split())}", file=sys.stderr)
 
 
 # --- Arguments that commands share ---
 
 
+def _path(text: str) -> Path:
+    if text == "-":
+        raise argparse.ArgumentTypeError("'-', standard input or output; accepted: names of files or folders")
+    return Path(text)
+
+
+def _positive_count(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r}; accepted: 1 or more")
+    return int(text)
+
+
+def _positive_seconds(text: str) -> float:
+    try:
+        seconds = float(text)
+    except ValueError:
+        seconds = math.nan
+    if not seconds > 0:  # nan neither
+        raise argparse.ArgumentTypeError(f"{text!r}; accepted: a positive number of seconds")
+    return seconds
+
+
 def _add_num_quantizers(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
-        "--num-quantizers", type=int, metavar="N", help="codebooks to use, from the first (default: all)"
+        "--num-quantizers", type=_positive_count, metavar="N", help="codebooks to use, from the first (default: all)"
     )
 
 
 def _add_batch_seconds(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--batch-seconds",
-        type=float,
+        type=_positive_seconds,
         default=MAX_BATCH_SECONDS,
         metavar="S",
         help="seconds of audio to run at once, bounded by memory (default: %(default)g)",
@@ -324,6 +359,20 @@ def _load_model(args: argparse.Namespace) -> MiMoAudioTokenizerModel:
     )
 
 
+def _load_converter(
+    args: argparse.Namespace, num_quantizers: int | None = None, *, decodes: bool = False
+) -> MiMoAudioTokenizerModel:
+    """The model, if it does what is asked: said once here, not for every file."""
+    model = _load_model(args)
+    check_num_quantizers(model, num_quantizers)
+    if decodes and model.decoder is None:
+        name = model.config.name_or_path
+        raise ValueError(f"{name} holds an encoder only: it cannot decode; accepted: a model with a decoder")
+    if args.attn_implementation is not None:  # which may not run on this device or with this dtype
+        encode_waveforms(model, [torch.zeros(1)], 1)
+    return model
+
+
 # --- Many files ---
 
 
@@ -348,7 +397,9 @@ def _plan_outputs(
     found: list[tuple[Path, Path]] = []  # a file, and its place in the output folder
     for given in inputs:
         if given.is_dir():
-            files = sorted(path for path in given.rglob("*") if path.suffix.lower() in input_suffixes)
+            files = sorted(
+                path for path in given.rglob("*") if path.suffix.lower() in input_suffixes and path.is_file()
+            )
             if not files:
                 raise ValueError(f"{given}: no files to read; accepted in a folder: {', '.join(input_suffixes)}")
             found += [(path, path.relative_to(given)) for path in files]
@@ -382,12 +433,12 @@ def _convert_files(
     *,
     load: Callable[[Path], Item],
     seconds: Callable[[Item], float],
-    convert: Callable[[list[Item], Progress], list[Result]],
+    convert: Callable[[list[Item]], list[Result]],
     save: Callable[[Path, Item, Result], None],
 ) -> int:
     """Load, convert and save files, a few batches of them in memory at a time, and say what was done.
 
-    A file that cannot be loaded is reported and left out.
+    A file that cannot be loaded, converted or saved is reported and left out.
 
     Args:
         done: what happens to the files, for people.
@@ -400,26 +451,34 @@ def _convert_files(
     started = time.perf_counter()
     converted, total = 0, 0.0
 
-    def load_all() -> Iterator[tuple[Path, Item]]:
-        for target, source in files.items():
-            try:
-                item = load(source)
-            except (OSError, ValueError) as error:
-                _report(error)
-            else:
-                yield target, item
+    with tqdm(desc=done, total=len(files), unit="file", disable=None) as bar:
 
-    # How many seconds there are is not known before the last file has been read: the bar counts, but has no end.
-    layout = "{desc}: {n:.1f} s of audio in {elapsed}{postfix}"
-    with tqdm(desc=done, bar_format=layout, disable=None) as bar:
+        def load_all() -> Iterator[tuple[Path, Item]]:
+            for target, source in files.items():
+                try:
+                    item = load(source)
+                except (OSError, ValueError) as error:
+                    _report(error)
+                    bar.update()
+                else:
+                    yield target, item
+
         budget = _BATCHES_LOADED * args.batch_seconds
         for chunk in group_by_seconds(load_all(), lambda entry: seconds(entry[1]), budget):
-            results = convert([item for _, item in chunk], bar.update)
+            results = convert_each(convert, [item for _, item in chunk])
             for (target, item), result in zip(chunk, results, strict=True):
-                save(target, item, result)
+                bar.update()
+                if isinstance(result, Exception):
+                    _report(result, files[target])
+                    continue
+                try:
+                    save(target, item, result)
+                except (OSError, ValueError) as error:
+                    _report(error, target)
+                    continue
+                converted += 1
                 total += seconds(item)
-            converted += len(chunk)
-            bar.set_postfix_str(f"{converted}/{len(files)} files")
+            bar.set_postfix_str(f"{total:.1f} s of audio")
 
     if converted:
         elapsed = time.perf_counter() - started

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 import math
+import numbers
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -63,6 +64,15 @@ class AudioCodes:
 
     def __post_init__(self) -> None:
         codes, sizes = self.codes, self.codebook_sizes
+        if not isinstance(codes, torch.Tensor):
+            raise ValueError(f"codes are a {type(codes).__name__}; accepted: a torch.Tensor")
+        if not isinstance(sizes, (tuple, list)) or not all(isinstance(size, numbers.Integral) for size in sizes):
+            raise ValueError(f"codebook_sizes={sizes!r}; accepted: a tuple of integers")
+        for name in _INTEGERS:
+            if not isinstance(getattr(self, name), numbers.Integral):
+                raise ValueError(f"{name}={getattr(self, name)!r}; accepted: an integer")
+        if not isinstance(self.model, str):
+            raise ValueError(f"model={self.model!r}; accepted: a name")
         if codes.ndim != 2 or not codes.numel():
             raise ValueError(f"codes have shape {tuple(codes.shape)}; accepted: (frames, codebooks), not empty")
         if codes.is_floating_point() or codes.is_complex() or codes.dtype == torch.bool:
@@ -77,7 +87,8 @@ class AudioCodes:
             raise ValueError(
                 f"num_samples={self.num_samples}; accepted: 1 to {span}, the span of {codes.shape[0]} frames"
             )
-        for book, (column, size) in enumerate(zip(codes.t(), sizes, strict=True)):
+        # As int64: torch finds no bounds of uint16 and uint32.
+        for book, (column, size) in enumerate(zip(codes.long().t(), sizes, strict=True)):
             low, high = (int(bound) for bound in column.aminmax())
             if low < 0 or high >= size:
                 raise ValueError(

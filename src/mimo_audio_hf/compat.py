@@ -11,7 +11,7 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Sequence
-from typing import cast
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -87,6 +87,13 @@ class MiMoAudioTokenizer(MiMoAudioTokenizerModel):
         output = super().decode(codes.transpose(1, 2), mask, return_dict=True)
         return output.audio_values, output.audio_lengths, {"decode": time.perf_counter() - start}
 
+    def save_pretrained(self, save_directory: str | os.PathLike[str], *args: Any, **kwargs: Any) -> None:
+        """As [`MiMoAudioTokenizerModel`]'s, and as if this were one: config.json names the class that saves."""
+        with torch.device("meta"):
+            plain = MiMoAudioTokenizerModel(self.config)
+        plain.load_state_dict(self.state_dict(), assign=True)  # the same tensors, not copies
+        plain.save_pretrained(save_directory, *args, **kwargs)
+
 
 def load_model(model_name_or_path: str | os.PathLike[str]) -> MiMoAudioTokenizer:
     """The model of a directory, Hub id or `"tiny"`, on the CPU and in evaluation mode.
@@ -94,8 +101,7 @@ def load_model(model_name_or_path: str | os.PathLike[str]) -> MiMoAudioTokenizer
     Raises:
         ValueError: as `mimo_audio_hf.checkpoints.load_model`.
     """
-    model = checkpoints.load_model(model_name_or_path, device="cpu")
-    model.__class__ = MiMoAudioTokenizer  # which has nothing that the loaded model lacks but its own signatures
+    model = checkpoints.load_model(model_name_or_path, device="cpu", model_class=MiMoAudioTokenizer)
     return cast(MiMoAudioTokenizer, model)
 
 

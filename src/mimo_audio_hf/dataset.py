@@ -48,7 +48,7 @@ def tokenize_audio(
     num_samples_column: str = "num_samples",
     num_quantizers: int | None = None,
     device: str | None = None,
-    dtype: torch.dtype | None = None,
+    dtype: torch.dtype | str | None = None,
     attn_implementation: str | None = None,
     max_batch_seconds: float = MAX_BATCH_SECONDS,
     on_error: str = "raise",
@@ -112,7 +112,7 @@ def detokenize_audio(
     audio_column: str = "audio",
     num_samples_column: str = "num_samples",
     device: str | None = None,
-    dtype: torch.dtype | None = None,
+    dtype: torch.dtype | str | None = None,
     attn_implementation: str | None = None,
     max_batch_seconds: float = MAX_BATCH_SECONDS,
 ) -> Columns:
@@ -217,7 +217,7 @@ def _loaded_model(
     model: Model,
     rank: int | None,
     device: str | None,
-    dtype: torch.dtype | None,
+    dtype: torch.dtype | str | None,
     attn_implementation: str | None,
 ) -> MiMoAudioTokenizerModel:
     if device is None and rank is not None and torch.cuda.is_available():
@@ -229,6 +229,6 @@ def _loaded_model(
 
 @lru_cache(maxsize=1)
 def _model_of_this_process(
-    model: str, device: str | None, dtype: torch.dtype | None, attn_implementation: str | None
+    model: str, device: str | None, dtype: torch.dtype | str | None, attn_implementation: str | None
 ) -> MiMoAudioTokenizerModel:
     return load_model(model, device=device, dtype=dtype, attn_implementation=attn_implementation)

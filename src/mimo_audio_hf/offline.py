@@ -30,7 +30,7 @@ from tqdm import tqdm
 from .audio import load_audio, save_audio
 from .checkpoints import load_model
 from .files import replacing
-from .inference import decode_codes, encode_waveforms
+from .inference import check_codes, check_num_quantizers, convert_each, decode_codes, encode_waveforms
 
 
 # What a line of the list has to name: what is read and what is written.
@@ -80,7 +80,7 @@ def load_tokens(path: str) -> torch.Tensor:
     """
     try:
         tokens = torch.tensor(json.loads(Path(path).read_text(encoding="utf-8"))["quantized_tokens"])
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, RuntimeError) as error:  # RuntimeError: a number beyond int64
         raise ValueError(f"{path}: no token file ({error}); accepted: {{'quantized_tokens': [[...], ...]}}") from error
     if tokens.ndim != 2 or not tokens.numel() or tokens.is_floating_point():
         raise ValueError(f"{path}: quantized_tokens have shape {tuple(tokens.shape)}; accepted: (frames, codebooks)")
@@ -163,6 +163,24 @@ def run(args: argparse.Namespace) -> int:
     dtype = getattr(torch, args.dtype) if args.dtype else torch.bfloat16 if device.type == "cuda" else torch.float32
     model = load_model(args.model_path, device=device, dtype=dtype)
     sampling_rate = model.config.sampling_rate
+    check_num_quantizers(model, args.num_quantizers)
+    if "reconstructed_wav" in targets and model.decoder is None:
+        raise ValueError(f"--model_path {args.model_path} holds an encoder only; accepted for it: --task wav2token")
+
+    def check(clip: Clip) -> Clip:
+        """The clip, or why its codes cannot be decoded."""
+        if clip.data is None or source == "wav":
+            return clip
+        try:
+            return Clip(clip.info, check_codes(model, clip.data, clip.info[source]))
+        except ValueError as error:
+            return Clip(clip.info, error=str(error))
+
+    def convert(data: list[torch.Tensor]) -> list[tuple[torch.Tensor, torch.Tensor | None]]:
+        codes = encode_waveforms(model, data, args.num_quantizers) if source == "wav" else data
+        if "reconstructed_wav" not in targets:
+            return [(clip_codes, None) for clip_codes in codes]
+        return list(zip(codes, decode_codes(model, codes), strict=True))
 
     def save(info: dict[str, Any], codes: torch.Tensor, waveform: torch.Tensor | None) -> None:
         if "quantized_tokens" in targets:
@@ -178,19 +196,19 @@ def run(args: argparse.Namespace) -> int:
         ThreadPoolExecutor(max_workers=min(8, args.batch_size)) as writer,
         tqdm(total=len(mine), unit="clip", disable=None if state.is_main_process else True) as bar,
     ):
-        for batch in _batches(mine, source, sampling_rate, args):
+        # Clips that fail are set aside: a process that stopped here would leave the others waiting for it below.
+        for read in _batches(mine, source, sampling_rate, args):
+            batch = [check(clip) for clip in read]
             failures += [f"{clip.info['key']}: {clip.error}" for clip in batch if clip.error is not None]
             good = [(clip.info, clip.data) for clip in batch if clip.data is not None]
             begun = time.perf_counter()
-            if source == "wav":
-                codes = encode_waveforms(model, [data for _, data in good], args.num_quantizers)
-            else:
-                codes = [data for _, data in good]
-            waveforms: Sequence[torch.Tensor | None] = [None] * len(good)
-            if "reconstructed_wav" in targets:
-                waveforms = decode_codes(model, codes)
+            results = convert_each(convert, [data for _, data in good])
             timing = {"batch_size": len(good), "model_inference_time": time.perf_counter() - begun}
-            for (info, _), clip_codes, waveform in zip(good, codes, waveforms, strict=True):
+            for (info, _), result in zip(good, results, strict=True):
+                if isinstance(result, Exception):
+                    failures.append(f"{info['key']}: {' '.join(str(result).split())}")
+                    continue
+                clip_codes, waveform = result
                 described = info | {"timing_stats": timing} if source == "wav" else info
                 saving.append((info["key"], writer.submit(save, described, clip_codes, waveform)))
                 seconds += len(clip_codes) * model.config.samples_per_frame / sampling_rate
