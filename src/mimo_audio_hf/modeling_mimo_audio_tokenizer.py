@@ -1388,19 +1388,19 @@ class MiMoAudioTokenizerModel(MiMoAudioTokenizerPreTrainedModel):
 
     def check_codes(self, audio_codes: torch.Tensor) -> None:
         """Raises a ValueError that names the codebook where packed codes (total_codes, Q) are out of range."""
-        audio_codes = audio_codes.long()
-        outside = (~self._codes_in_range(audio_codes, dim=-1)).any(0)
+        outside = self._out_of_range(audio_codes.long())
         if outside.any():
-            book = int(outside.nonzero()[0])
-            low, high = audio_codes[:, book].aminmax()
-            raise ValueError(
-                f"audio_codes hold {int(low)} to {int(high)} for codebook {book} (counted from 0); "
-                f"accepted: 0 to {self.config.codebook_sizes[book] - 1}"
-            )
+            frame, book = outside.nonzero()[0].tolist()
+            raise self._range_error("audio_codes", int(audio_codes[frame, book]), book)
 
-    def _codes_in_range(self, audio_codes: torch.Tensor, dim: int) -> torch.Tensor:
-        sizes = torch.tensor(self.config.codebook_sizes[: audio_codes.shape[dim]], device=audio_codes.device)
-        return (audio_codes >= 0) & (audio_codes < (sizes if dim == -1 else sizes[:, None]))
+    def _out_of_range(self, audio_codes: torch.Tensor) -> torch.Tensor:
+        """Which codes (..., Q) their codebook does not have."""
+        sizes = torch.tensor(self.config.codebook_sizes[: audio_codes.shape[-1]], device=audio_codes.device)
+        return (audio_codes < 0) | (audio_codes >= sizes)
+
+    def _range_error(self, name: str, code: int, book: int) -> ValueError:
+        last = self.config.codebook_sizes[book] - 1
+        return ValueError(f"{name} hold {code} for codebook {book} (counted from 0); accepted: 0 to {last}")
 
     def _check_features(
         self, input_features: torch.Tensor, attention_mask: torch.Tensor | None
@@ -1442,15 +1442,12 @@ class MiMoAudioTokenizerModel(MiMoAudioTokenizerPreTrainedModel):
         lengths = _mask_lengths("audio_codes_mask", audio_codes_mask, shape[0], shape[2])
         audio_codes = audio_codes.long()
         # Where they are, before anything is moved: an index out of range would take a GPU down.
-        read = (
-            torch.arange(shape[2], device=audio_codes.device)
-            < torch.tensor(lengths, device=audio_codes.device)[:, None]
-        )
-        for clip in (~self._codes_in_range(audio_codes, dim=1) & read[:, None]).flatten(1).any(1).nonzero().flatten():
-            try:
-                self.check_codes(audio_codes[clip, :, : lengths[clip]].t())
-            except ValueError as error:
-                raise ValueError(f"clip {int(clip)}: {error}") from error
+        ends = torch.tensor(lengths, device=audio_codes.device)
+        read = torch.arange(shape[2], device=audio_codes.device) < ends[:, None]
+        outside = self._out_of_range(audio_codes.transpose(1, 2)) & read[..., None]
+        if outside.any():
+            clip, frame, book = outside.nonzero()[0].tolist()
+            raise self._range_error(f"audio_codes of clip {clip}", int(audio_codes[clip, book, frame]), book)
         device = _compute_device(self._require_decoder().dconv1.conv.weight, audio_codes)
         layout = self.decoder_layout(lengths, device)
         return layout.codes.unpad(audio_codes.to(device).transpose(1, 2)), layout
