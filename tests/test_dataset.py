@@ -142,6 +142,8 @@ BAD = {
     "empty": b"",
     "silent failure": {"array": None, "sampling_rate": None},
     "no rate": [0.1, 0.2],
+    "a path that is a number": {"bytes": None, "path": 5},
+    "text in an array": {"array": ["a"], "sampling_rate": 24000},
     "integers": {"array": [1, 2, 3], "sampling_rate": 24000},
     "nan": {"array": [0.1, float("nan")], "sampling_rate": 24000},
     "samples first": {"array": np.zeros((100, 2), np.float32), "sampling_rate": 24000},
@@ -168,7 +170,7 @@ def test_bad_options(files, tiny_model):
         tokenize_audio({"audio": files[:1]}, model=tiny_model, on_error="ignore")
     with pytest.raises(ValueError, match="num_quantizers=21"):
         tokenize_audio({"audio": files[:1]}, model=tiny_model, num_quantizers=21)
-    with pytest.raises(ValueError, match="audio_codes: codes\\[0\\]"):
+    with pytest.raises(ValueError, match="audio_codes\\[1\\]"):
         detokenize_audio({"audio_codes": [None, [[5000]]]}, model=tiny_model)
 
 
@@ -210,3 +212,29 @@ def test_file_objects_are_read(files, tiny_model):
     assert np.array_equal(
         batch["audio_codes"][0], tokenize_audio({"audio": [files[4]]}, model=tiny_model)["audio_codes"][0]
     )
+
+
+def test_reversed_arrays_and_failing_decoders(files, tiny_model):
+    samples, rate = soundfile.read(files[1], dtype="float32")
+    forward = tokenize_audio({"audio": [{"array": samples[::-1].copy(), "sampling_rate": rate}]}, model=tiny_model)
+    reverse = tokenize_audio({"audio": [{"array": samples[::-1], "sampling_rate": rate}]}, model=tiny_model)
+    assert np.array_equal(forward["audio_codes"][0], reverse["audio_codes"][0])
+
+    class Broken:
+        def get_all_samples(self):
+            raise RuntimeError("damaged")
+
+    recorded = tokenize_audio({"audio": [Broken(), files[1]]}, model=tiny_model, on_error="record")
+    assert "damaged" in recorded["audio_error"][0]
+    assert recorded["audio_codes"][1] is not None
+
+
+@pytest.mark.parametrize("codes", [[[1, 2], [1]], [["a"]], [1, 2]])
+def test_bad_codes_are_named(tiny_model, codes):
+    with pytest.raises(ValueError, match=r"audio_codes\[1\]"):
+        detokenize_audio({"audio_codes": [None, codes]}, model=tiny_model)
+
+
+def test_lengths_are_positive(tiny_model):
+    with pytest.raises(ValueError, match=r"num_samples\[0\]=-5"):
+        detokenize_audio({"audio_codes": [[[0] * 20] * 4], "num_samples": [-5]}, model=tiny_model)

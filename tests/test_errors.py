@@ -89,6 +89,8 @@ def test_layout_lengths(model, lengths):
         ("d_model", "1280"),
         ("encoder_layers", 3.0),
         ("codebook_size", "abc"),
+        ("fmax", "x"),
+        ("activation_function", [1]),
         ("encoder_attn_window_size", 5),
         ("encoder_attn_window_size", []),
         ("encoder_attn_window_size", [1.5, 2]),

@@ -398,7 +398,11 @@ def test_disk_offload(tmp_path, inputs):
     expected = model(**inputs)
     model.save_pretrained(tmp_path)
     for number, device_map in enumerate(
-        ({"encoder": "cpu", "decoder": "disk"}, {"encoder": "disk", "decoder": "cpu"}, {"": "disk"})
+        (
+            {"encoder": "cpu", "decoder": "disk"},
+            {"encoder": "disk", "decoder": "cpu"},
+            {"encoder": "disk", "decoder": "disk"},
+        )
     ):
         offloaded = MiMoAudioTokenizerModel.from_pretrained(
             tmp_path, device_map=device_map, offload_folder=tmp_path / f"offload{number}"
@@ -522,6 +526,12 @@ def test_a_shared_configuration_leaves_the_choice_of_attention_open(config):
     assert "_attn_implementation_is_default" not in model.config.to_dict()
     chosen = MiMoAudioTokenizerModel.from_pretrained(GOLDEN / "base", attn_implementation="sdpa")
     assert not chosen.config._attn_implementation_is_default
+    reused = MiMoAudioTokenizerModel._from_config(
+        copy.deepcopy(load_golden("base").config), attn_implementation="sdpa"
+    )
+    assert not reused.config._attn_implementation_is_default
+    with pytest.raises(ValueError, match="encoder_attention_heads"):
+        MiMoAudioTokenizerConfig(hidden_size=97)
     outer = torch.nn.ModuleDict({"tokenizer": load_golden("base")})
     outer["tokenizer"].config._attn_implementation = "eager"
     assert outer["tokenizer"].attn_implementation == "eager"

@@ -131,3 +131,17 @@ def test_bad_token_files(tmp_path, content):
     path.write_text(content)
     with pytest.raises(ValueError, match="tokens.json"):
         load_tokens(str(path))
+
+
+def test_a_source_is_never_overwritten(tmp_path, tiny_checkpoint, lines, capfd):
+    lines[1]["reconstructed_wav"] = lines[2]["wav"]
+    before = Path(lines[2]["wav"]).read_bytes()
+    assert main(arguments(tmp_path, tiny_checkpoint, lines, "wav2token2wav")) == 1
+    assert "is to be read and written" in capfd.readouterr().err
+    assert Path(lines[2]["wav"]).read_bytes() == before
+
+
+def test_one_file_under_two_spellings(tmp_path, tiny_checkpoint, lines, capfd):
+    lines[3]["quantized_tokens"] = str(tmp_path / "out" / ".." / "out" / "1.json")
+    assert main(arguments(tmp_path, tiny_checkpoint, lines, "wav2token")) == 1
+    assert "lines 2 and 4 both write" in capfd.readouterr().err

@@ -140,7 +140,7 @@ class AudioCodes:
         metadata = {name: str(getattr(self, name)) for name in _INTEGERS} | {
             "format": FORMAT,
             "version": VERSION,
-            "codebook_sizes": json.dumps(self.codebook_sizes),
+            "codebook_sizes": json.dumps([int(size) for size in self.codebook_sizes]),
             "model": self.model,
         }
         stored = self.codes.to(device="cpu", dtype=code_dtype(self.codebook_sizes)).contiguous()

@@ -198,8 +198,8 @@ class MiMoAudioTokenizerConfig(PreTrainedConfig):
         self.swa_per_block = swa_per_block
         self.initializer_range = initializer_range
         self.has_decoder = has_decoder
-        self._check_fields()
         super().__init__(**kwargs)
+        self._check_fields()  # last, for kwargs may hold fields under transformers' names
 
     def _check_fields(self) -> None:
         def refuse(field: str, accepted: str) -> None:
@@ -236,7 +236,7 @@ class MiMoAudioTokenizerConfig(PreTrainedConfig):
             refuse("rope_theta", "a positive number")
         if self.ln_type not in ("LayerNorm", "RMSNorm"):
             refuse("ln_type", "'LayerNorm' or 'RMSNorm'")
-        if self.activation_function not in ACT2FN:
+        if not isinstance(self.activation_function, str) or self.activation_function not in ACT2FN:
             refuse("activation_function", "one of transformers' activations")
         if self.encoder_skip_layer_id is not None and not (
             is_integer(self.encoder_skip_layer_id, 1) and self.encoder_skip_layer_id <= self.encoder_layers
@@ -250,6 +250,8 @@ class MiMoAudioTokenizerConfig(PreTrainedConfig):
             refuse("window_size", f"at most nfft={self.nfft}")
         if self.decoder_kernel_size < self.decoder_stride_size:
             refuse("decoder_kernel_size", f"at least decoder_stride_size={self.decoder_stride_size}")
+        if self.fmax is not None and not isinstance(self.fmax, (int, float)):
+            refuse("fmax", "a number, or None for Nyquist")
         nyquist = self.sampling_rate / 2
         if not isinstance(self.fmin, (int, float)) or not 0 <= self.fmin < (self.fmax or nyquist) <= nyquist:
             refuse("fmin", f"0 or more, and less than fmax={self.fmax}, which is at most {nyquist:g}")

@@ -19,11 +19,18 @@ import numpy as np
 import torch
 from datasets import Features, List, Value
 
-from .audio import load_audio, resample
+from .audio import as_tensor, load_audio, resample
 from .checkpoints import RELEASED_MODEL, load_model
 from .codes import code_dtype
 from .configuration_mimo_audio_tokenizer import MiMoAudioTokenizerConfig
-from .inference import MAX_BATCH_SECONDS, decode_codes, encode_waveforms
+from .inference import (
+    MAX_BATCH_SECONDS,
+    check_codes,
+    check_num_quantizers,
+    convert_each,
+    decode_codes,
+    encode_waveforms,
+)
 from .modeling_mimo_audio_tokenizer import MiMoAudioTokenizerModel
 
 
@@ -90,9 +97,22 @@ def tokenize_audio(
             if on_error == "raise":
                 raise ValueError(f"{audio_column}[{row}]: {error}") from error
             errors[row] = str(error)
-    encoded = encode_waveforms(loaded, list(waveforms.values()), num_quantizers, max_batch_seconds=max_batch_seconds)
+
+    def encode(clips: list[torch.Tensor]) -> list[torch.Tensor]:
+        return encode_waveforms(loaded, clips, num_quantizers, max_batch_seconds=max_batch_seconds)
+
+    check_num_quantizers(loaded, num_quantizers)
+    clips = list(waveforms.values())
     stored = _stored_dtype(config, num_quantizers)
-    codes = {row: clip.to(stored).numpy() for row, clip in zip(waveforms, encoded, strict=True)}
+    codes: dict[int, np.ndarray] = {}
+    for row, result in zip(
+        list(waveforms), encode(clips) if on_error == "raise" else convert_each(encode, clips), strict=True
+    ):
+        if isinstance(result, Exception):
+            errors[row] = str(result)
+            del waveforms[row]
+        else:
+            codes[row] = result.to(stored).numpy()
     rows = range(len(_column(batch, audio_column)))
     columns: Columns = {
         codes_column: [codes.get(row) for row in rows],
@@ -132,13 +152,19 @@ def detokenize_audio(
     """
     loaded = _loaded_model(model, rank, device, dtype, attn_implementation)
     values = _column(batch, codes_column)
-    lengths = batch[num_samples_column] if num_samples_column in batch else [None] * len(values)
-    codes = {row: torch.as_tensor(np.asarray(value)) for row, value in enumerate(values) if value is not None}
-    try:
-        decoded = decode_codes(loaded, list(codes.values()), max_batch_seconds=max_batch_seconds)
-    except ValueError as error:
-        rows = f"rows {list(codes)} of the batch" if len(codes) < len(values) else "rows of the batch"
-        raise ValueError(f"{codes_column}: {error} (counting {rows})") from error
+    lengths: Sequence[Any] = batch[num_samples_column] if num_samples_column in batch else [None] * len(values)
+    codes: dict[int, torch.Tensor] = {}
+    for row, value in enumerate(values):
+        if value is None:
+            continue
+        try:
+            array = np.asarray(value)
+        except ValueError as error:
+            raise ValueError(f"{codes_column}[{row}]: {error}; accepted: (frames, codebooks)") from error
+        codes[row] = check_codes(loaded, array, f"{codes_column}[{row}]")
+        if lengths[row] is not None and lengths[row] < 1:
+            raise ValueError(f"{num_samples_column}[{row}]={lengths[row]}; accepted: 1 or more")
+    decoded = decode_codes(loaded, list(codes.values()), max_batch_seconds=max_batch_seconds)
     audio = {
         row: {"array": waveform[: lengths[row]].numpy(), "sampling_rate": loaded.config.sampling_rate}
         for row, waveform in zip(codes, decoded, strict=True)
@@ -180,15 +206,17 @@ def to_waveform(value: Any, sampling_rate: int) -> torch.Tensor:
         source = value.get("bytes") if value.get("bytes") is not None else value.get("path")
         if source is None:
             raise ValueError(f"holds {sorted(value)}; {_ACCEPTED}")
-        return load_audio(source, sampling_rate)
+        value = source
     try:
         return load_audio(value, sampling_rate)
     except TypeError as error:
         raise ValueError(f"{type(value).__name__}; {_ACCEPTED}") from error
+    except RuntimeError as error:  # torchcodec's, of a damaged file
+        raise ValueError(f"{type(value).__name__}: {error}") from error
 
 
 def _decoded_waveform(array: Any, array_rate: int, sampling_rate: int) -> torch.Tensor:
-    samples = torch.as_tensor(np.asarray(array))
+    samples = as_tensor("array", array if isinstance(array, torch.Tensor) else np.asarray(array))
     shape = tuple(samples.shape)
     # More channels than this are samples: (samples, channels), as soundfile has them.
     if len(shape) not in (1, 2) or 0 in shape or (len(shape) == 2 and shape[0] > MAX_CHANNELS):

@@ -1118,6 +1118,13 @@ class MiMoAudioTokenizerModel(MiMoAudioTokenizerPreTrainedModel):
             )
         return (model, info) if output_loading_info else model
 
+    @classmethod
+    def _from_config(cls, config: MiMoAudioTokenizerConfig, **kwargs: Any) -> Any:
+        model = super()._from_config(config, **kwargs)
+        if kwargs.get("attn_implementation") is not None:
+            model.config._attn_implementation_is_default = False
+        return model
+
     # --- Attention backends ---
 
     @property

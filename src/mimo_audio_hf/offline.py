@@ -12,11 +12,13 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import sys
 import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +41,9 @@ TASKS: dict[str, tuple[str, tuple[str, ...]]] = {
     "token2wav": ("quantized_tokens", ("reconstructed_wav",)),
     "wav2token2wav": ("wav", ("quantized_tokens", "reconstructed_wav")),
 }
+
+
+_PROCESS_GROUP: dict[str, Any] = {"timeout": timedelta(days=30)} if "RANK" in os.environ else {}
 
 
 @dataclass(frozen=True)
@@ -120,10 +125,14 @@ def read_list(path: str | Path, task: str) -> tuple[list[dict[str, Any]], list[s
                 problems.append(f"{path}, line {number}: {missing[0]} is missing; accepted: {', '.join(required)}")
                 continue
             for name in targets:
-                other = written.setdefault(line[name], number)
-                if other != number:
+                target = os.path.realpath(line[name])
+                other = written.setdefault(target, number)
+                if other != number or (name != targets[0] and target == os.path.realpath(line[targets[0]])):
                     raise ValueError(f"{path}, lines {other} and {number} both write {line[name]}")
             lines.append(line)
+    for line in lines:
+        if os.path.realpath(line[source]) in written:
+            raise ValueError(f"{path}: {line[source]} is to be read and written; accepted: other files to write")
     return lines, problems
 
 
@@ -155,7 +164,9 @@ def run(args: argparse.Namespace) -> int:
     if args.batch_size < 1:
         raise ValueError(f"--batch_size {args.batch_size}; accepted: 1 or more")
     lines, problems = read_list(args.data_list, args.task)
-    state = PartialState(cpu=not torch.cuda.is_available())  # it would not see other processes without a GPU else
+    # Told of the CPU, for without a GPU it would not see the other processes. At the end they wait for the slowest of
+    # them, for as long as it takes: a time-out would end its work, too.
+    state = PartialState(cpu=not torch.cuda.is_available(), **_PROCESS_GROUP)
     failures = [*problems] if state.is_main_process else []
     source, targets = TASKS[args.task]
 
