@@ -401,7 +401,6 @@ def test_disk_offload(tmp_path, inputs):
         (
             {"encoder": "cpu", "decoder": "disk"},
             {"encoder": "disk", "decoder": "cpu"},
-            {"encoder": "disk", "decoder": "disk"},
         )
     ):
         offloaded = MiMoAudioTokenizerModel.from_pretrained(
