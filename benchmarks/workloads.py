@@ -100,9 +100,12 @@ def measured_ceiling(size: int = 8192) -> float:
 
 def report(name: str, results: dict[str, Any], output: Path | None, device: str | None = None) -> None:
     """Prints the results as JSON and writes them beside what they were measured on, by default the GPU."""
+    # The place in this repository, wherever the file was written first.
+    renamed = {str(output): f"benchmarks/results/{output.name}"} if output else {}
+    arguments = [renamed.get(word, word) for word in sys.argv]
     document = {
         "benchmark": name,
-        "command": " ".join(["python", *sys.argv]),
+        "command": " ".join(["python", *arguments]),
         "device": device or torch.cuda.get_device_name(),
         "versions": {
             "mimo_audio_hf": __version__,
