@@ -29,7 +29,6 @@ from .codes import AudioCodes
 from .hub import add_hub_command
 from .inference import (
     MAX_BATCH_SECONDS,
-    check_num_quantizers,
     convert_each,
     decode_codes,
     encode_waveforms,
@@ -61,18 +60,7 @@ def add_encode(subparsers: Subparsers) -> None:
         description="Encode audio files to code files (codes, sampling rate, sample count and model name in one "
         "safetensors file each). Existing code files are overwritten, other files never.",
     )
-    parser.add_argument(
-        "inputs", nargs="+", type=_path, metavar="IN", help="audio files, or folders to be searched for them"
-    )
-    parser.add_argument(
-        "-o",
-        "--output",
-        type=_path,
-        required=True,
-        metavar="OUT",
-        help="a folder, which gets NAME.safetensors for each NAME.wav and the inputs' subfolders; for one input file "
-        "also a name ending in .safetensors",
-    )
+    _add_files(parser, "audio files", "NAME.safetensors for each NAME.wav", "also a name ending in .safetensors")
     _add_num_quantizers(parser)
     _add_model_options(parser)
     _add_batch_seconds(parser)
@@ -108,18 +96,8 @@ def add_decode(subparsers: Subparsers) -> None:
         description="Decode code files to audio files, each as long as the audio that was encoded. Existing files are "
         "overwritten.",
     )
-    parser.add_argument(
-        "inputs", nargs="+", type=_path, metavar="IN", help="code files, or folders to be searched for them"
-    )
-    parser.add_argument(
-        "-o",
-        "--output",
-        type=_path,
-        required=True,
-        metavar="OUT",
-        help="a folder, which gets NAME.wav for each NAME.safetensors and the inputs' subfolders; for one input file "
-        f"also a name ending in {', '.join(OUTPUT_SUFFIXES)}",
-    )
+    names = f"also a name ending in {', '.join(OUTPUT_SUFFIXES)}"
+    _add_files(parser, "code files", "NAME.wav for each NAME.safetensors", names)
     parser.add_argument(
         "--format",
         choices=[suffix[1:] for suffix in OUTPUT_SUFFIXES],
@@ -317,6 +295,20 @@ def _positive_seconds(text: str) -> float:
     return seconds
 
 
+def _add_files(parser: argparse.ArgumentParser, inputs: str, folder_gets: str, one_file: str) -> None:
+    parser.add_argument(
+        "inputs", nargs="+", type=_path, metavar="IN", help=f"{inputs}, or folders to be searched for them"
+    )
+    parser.add_argument(
+        "-o",
+        "--output",
+        type=_path,
+        required=True,
+        metavar="OUT",
+        help=f"a folder, which gets {folder_gets} and the inputs' subfolders; for one input file {one_file}",
+    )
+
+
 def _add_num_quantizers(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--num-quantizers", type=_positive_count, metavar="N", help="codebooks to use, from the first (default: all)"
@@ -364,7 +356,7 @@ def _load_converter(
 ) -> MiMoAudioTokenizerModel:
     """The model, if it does what is asked: said once here, not for every file."""
     model = _load_model(args)
-    check_num_quantizers(model, num_quantizers)
+    model.check_num_quantizers(num_quantizers)
     if decodes and model.decoder is None:
         name = model.config.name_or_path
         raise ValueError(f"{name} holds an encoder only: it cannot decode; accepted: a model with a decoder")

@@ -26,7 +26,6 @@ from .configuration_mimo_audio_tokenizer import MiMoAudioTokenizerConfig
 from .inference import (
     MAX_BATCH_SECONDS,
     check_codes,
-    check_num_quantizers,
     convert_each,
     decode_codes,
     encode_waveforms,
@@ -101,7 +100,7 @@ def tokenize_audio(
     def encode(clips: list[torch.Tensor]) -> list[torch.Tensor]:
         return encode_waveforms(loaded, clips, num_quantizers, max_batch_seconds=max_batch_seconds)
 
-    check_num_quantizers(loaded, num_quantizers)
+    loaded.check_num_quantizers(num_quantizers)
     clips = list(waveforms.values())
     stored = _stored_dtype(config, num_quantizers)
     codes: dict[int, np.ndarray] = {}

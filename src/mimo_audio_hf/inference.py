@@ -54,7 +54,7 @@ def encode_waveforms(
             infinite, or more codebooks than the model has, found before anything is encoded; a `max_batch_seconds`
             that is not positive.
     """
-    check_num_quantizers(model, num_quantizers)
+    model.check_num_quantizers(num_quantizers)
     clips = [_checked_waveform(waveform, f"waveforms[{index}]") for index, waveform in enumerate(waveforms)]
     extractor = MiMoAudioTokenizerFeatureExtractor.from_config(model.config)
     seconds = [len(clip) / extractor.sampling_rate for clip in clips]
@@ -143,13 +143,6 @@ def check_codes(model: MiMoAudioTokenizerModel, codes: Any, name: str = "codes")
     except ValueError as error:
         raise ValueError(f"{name}: {error}") from error
     return codes
-
-
-def check_num_quantizers(model: MiMoAudioTokenizerModel, num_quantizers: int | None) -> None:
-    """Raise a ValueError if the model does not have that many codebooks. None stands for all."""
-    accepted = model.config.num_quantizers
-    if num_quantizers is not None and not 1 <= num_quantizers <= accepted:
-        raise ValueError(f"num_quantizers={num_quantizers}; accepted: 1 to {accepted}")
 
 
 def convert_each(

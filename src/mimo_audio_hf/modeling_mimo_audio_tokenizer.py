@@ -1251,7 +1251,7 @@ class MiMoAudioTokenizerModel(MiMoAudioTokenizerPreTrainedModel):
             ValueError: wrong shape or dtype, NaN or infinite features, a mask that is not a prefix of ones, or more
                 codebooks than the model has.
         """
-        num_quantizers = self._check_num_quantizers(num_quantizers)
+        num_quantizers = self.check_num_quantizers(num_quantizers)
         packed = layout is not None
         if layout is None:
             input_features, lengths = self._check_features(input_features, attention_mask)
@@ -1330,7 +1330,7 @@ class MiMoAudioTokenizerModel(MiMoAudioTokenizerPreTrainedModel):
             ValueError: as `encode`; or the model has no decoder.
         """
         self._require_decoder()
-        num_quantizers = self._check_num_quantizers(num_quantizers)
+        num_quantizers = self.check_num_quantizers(num_quantizers)
         input_features, lengths = self._check_features(input_features, attention_mask)
         input_features, layout = self._pack_features(input_features, lengths)
         hidden_states = self._hidden_states_list(output_hidden_states)
@@ -1386,7 +1386,8 @@ class MiMoAudioTokenizerModel(MiMoAudioTokenizerPreTrainedModel):
             )
         return self.decoder
 
-    def _check_num_quantizers(self, num_quantizers: int | None) -> int:
+    def check_num_quantizers(self, num_quantizers: int | None) -> int:
+        """How many codebooks to use, all by default; a ValueError if the model does not have that many."""
         if num_quantizers is None:
             return self.config.num_quantizers
         if type(num_quantizers) is not int or not 1 <= num_quantizers <= self.config.num_quantizers:

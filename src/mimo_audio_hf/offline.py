@@ -32,7 +32,7 @@ from tqdm import tqdm
 from .audio import load_audio, save_audio
 from .checkpoints import load_model
 from .files import replacing
-from .inference import check_codes, check_num_quantizers, convert_each, decode_codes, encode_waveforms
+from .inference import check_codes, convert_each, decode_codes, encode_waveforms
 
 
 # What a line of the list has to name: what is read and what is written.
@@ -174,7 +174,7 @@ def run(args: argparse.Namespace) -> int:
     dtype = getattr(torch, args.dtype) if args.dtype else torch.bfloat16 if device.type == "cuda" else torch.float32
     model = load_model(args.model_path, device=device, dtype=dtype)
     sampling_rate = model.config.sampling_rate
-    check_num_quantizers(model, args.num_quantizers)
+    model.check_num_quantizers(args.num_quantizers)
     if "reconstructed_wav" in targets and model.decoder is None:
         raise ValueError(f"--model_path {args.model_path} holds an encoder only; accepted for it: --task wav2token")
 
