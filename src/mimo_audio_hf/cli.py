@@ -35,6 +35,7 @@ from .inference import (
     group_by_seconds,
 )
 from .modeling_mimo_audio_tokenizer import ATTENTION_BACKENDS, MiMoAudioTokenizerModel
+from .train_command import add_train
 from .version import __version__
 
 
@@ -220,6 +221,7 @@ COMMANDS: tuple[Callable[[Subparsers], object], ...] = (
     add_info,
     add_init,
     add_hub_command,
+    add_train,
 )
 
 

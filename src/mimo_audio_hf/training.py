@@ -1,0 +1,808 @@
+# Copyright 2026 The mimo-audio-hf authors. Licensed under the Apache License, Version 2.0.
+"""Training as the technical report does it (arXiv 2512.23808), on accelerate.
+
+Stage 1 trains the whole tokenizer: L = 10 L_A2T + L_recon + L_commit. Stage 2 leaves encoder and quantizer as they
+are, so that the codes stay what they were, and trains decoder and vocoder: L_G = L_recon + L_adv + 2 L_fm.
+
+A run is a function of its configuration, its data and the number of the step: batches, crops, quantizer dropout and
+torch's generators are derived from seed and step, so a checkpoint need not hold any generator's state, and a run that
+was killed goes on to the weights that it would have had. Nothing in a step waits for the GPU; losses are looked at
+every `logging_steps`, before every checkpoint and at the end.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import hashlib
+import importlib
+import itertools
+import json
+import logging
+import math
+import platform
+import random
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, cast
+
+import accelerate
+import datasets
+import torch
+import transformers
+from accelerate import Accelerator
+from accelerate.utils import AutocastKwargs, DistributedType
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+from tqdm import tqdm
+
+from . import training_checkpoint
+from .audio import save_audio
+from .audio_to_text import AudioToTextLoss, load_language_model
+from .checkpoints import load_model
+from .discriminators import AudioDiscriminator
+from .files import replacing
+from .losses import MultiScaleMelLoss, adversarial_loss, discriminator_loss, feature_matching_loss
+from .modeling_mimo_audio_tokenizer import (
+    AttentionBackend,
+    MiMoAudioTokenizerDecoder,
+    MiMoAudioTokenizerDecoderLayout,
+    MiMoAudioTokenizerModel,
+)
+from .pictures import mel_picture, write_png
+from .training_checkpoint import TRAINING_NAME
+from .training_config import RECONSTRUCTION, TrainingConfig
+from .training_data import Batch, BatchReader, Clips, Collator, open_dataset, plan_epoch, plan_run
+from .version import __version__
+
+
+logger = logging.getLogger(__name__)
+
+# How well one clip was reconstructed: (reference, decoded, sampling_rate), both (samples,) float32 on the CPU.
+Metric = Callable[[torch.Tensor, torch.Tensor, int], float]
+
+# The metrics that are better when they are lower; all others are when they are higher.
+_LOWER_IS_BETTER = (RECONSTRUCTION, "mel_distance")
+
+
+class NonFiniteLossError(ValueError):
+    """A loss or gradient that is NaN or infinite.
+
+    Attributes:
+        step: in which it was found.
+        keys: names of the clips of that step.
+    """
+
+    def __init__(self, name: str, step: int, keys: list[str]) -> None:
+        self.step = step
+        self.keys = keys
+        super().__init__(
+            f"step {step}: {name} is not finite, with the clips {', '.join(keys)}; the last checkpoint is from before"
+        )
+
+
+class BFloat16Compute(nn.Module):
+    """Runs a module as if its parameters were bfloat16, while they are float32 for the optimizer.
+
+    Autocast would keep the residual stream in float32 and round RoPE's frequencies otherwise than a bfloat16 model
+    does: here a decoder is trained in the arithmetic that it will run in. Buffers stay as they are.
+    """
+
+    def __init__(self, module: nn.Module) -> None:
+        super().__init__()
+        self.module = module
+
+    def forward(self, *args: Any) -> Any:
+        rounded = {name: parameter.bfloat16() for name, parameter in self.module.named_parameters()}
+        return torch.func.functional_call(self.module, rounded, args)
+
+
+class DecoderTraining(nn.Module):
+    """What stage 2 trains: quantized features to samples."""
+
+    def __init__(self, decoder: MiMoAudioTokenizerDecoder) -> None:
+        super().__init__()
+        self.decoder = decoder
+
+    def forward(
+        self, features: torch.Tensor, layout: MiMoAudioTokenizerDecoderLayout, backend: AttentionBackend
+    ) -> torch.Tensor:
+        """Packed features (total_codes, d_model) to packed samples (total_samples,)."""
+        return self.decoder(features, layout, backend).flatten()
+
+
+class TokenizerTraining(nn.Module):
+    """What stage 1 trains: the tokenizer, and the language model that reads its features."""
+
+    def __init__(self, tokenizer: MiMoAudioTokenizerModel, audio_to_text: AudioToTextLoss | None) -> None:
+        super().__init__()
+        self.tokenizer = tokenizer
+        self.audio_to_text = audio_to_text
+
+    def forward(
+        self, batch: Batch, num_quantizers: int, backend: AttentionBackend
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor | None]:
+        """Packed samples (total_samples,), codes (total_codes, num_quantizers), the commitment loss, and the sum of
+        the text tokens' losses."""
+        encoder, decoder = self.tokenizer.encoder, cast(MiMoAudioTokenizerDecoder, self.tokenizer.decoder)
+        dtype = encoder.conv1.weight.dtype
+        features = encoder(batch.features.to(dtype), batch.encoder_layout, backend)
+        quantized, codes, commitment = encoder.quantizer(features, num_quantizers, dtype)
+        samples = decoder(quantized.to(dtype), batch.decoder_layout, backend).flatten()
+        text = None
+        if self.audio_to_text is not None and batch.text_ids is not None:
+            text = self.audio_to_text(quantized, batch.code_lengths, batch.text_ids, batch.text_lengths)
+        return samples, codes, commitment, text
+
+
+class Trainer:
+    """A training run.
+
+    Args:
+        config: what to do.
+        train_dataset, validation_dataset: datasets to use instead of those that the configuration names.
+        metrics: functions by name, to validate with besides those that the configuration names.
+
+    Raises:
+        ValueError: an option, the model or the data cannot be used; or the directory holds a run already and is not to
+            be resumed, or is of another configuration or other data.
+    """
+
+    def __init__(
+        self,
+        config: TrainingConfig,
+        train_dataset: datasets.Dataset | None = None,
+        validation_dataset: datasets.Dataset | None = None,
+        metrics: Mapping[str, Metric] | None = None,
+    ) -> None:
+        self.config = config
+        self.directory = Path(config.output_dir)
+        self.metrics = {name: find_metric(name) for name in config.metrics} | dict(metrics or {})
+        known = (RECONSTRUCTION, *self.metrics)
+        if config.metric_for_best_model not in known:
+            raise ValueError(f"metric_for_best_model={config.metric_for_best_model!r}; accepted: {', '.join(known)}")
+        newest = training_checkpoint.newest(self.directory)
+        if newest is not None and not config.resume:
+            raise ValueError(
+                f"{self.directory} holds a run already ({newest.name}); accepted: another directory, or resume=True"
+            )
+        if newest is None and config.resume:
+            raise ValueError(f"{self.directory} holds no checkpoint to resume from; accepted: resume=False")
+        try:
+            self.accelerator = Accelerator(
+                mixed_precision=config.mixed_precision,
+                log_with=list(config.report_to) or None,
+                project_dir=str(self.directory),
+                # What runs in bfloat16 is said here, not by autocast around everything.
+                kwargs_handlers=[AutocastKwargs(enabled=False)],
+            )
+        except ValueError as error:
+            raise ValueError(
+                f"report_to={config.report_to}, mixed_precision={config.mixed_precision}: {error}"
+            ) from error
+        if self.accelerator.mixed_precision not in ("no", "bf16"):
+            raise ValueError(f"mixed precision {self.accelerator.mixed_precision}; accepted: no or bf16")
+        self.half = self.accelerator.mixed_precision == "bf16"
+        if self.half and self.accelerator.device.type == "mps":
+            raise ValueError("mixed_precision='bf16' on MPS; accepted: no")
+        self.device = self.accelerator.device
+
+        # The same in every process: fresh discriminators and language models have to be.
+        torch.manual_seed(_derived_seed(config.seed, "fresh modules"))
+        self.tokenizer = load_model(
+            config.model if newest is None else newest,
+            device="cpu",
+            dtype=torch.float32,
+            attn_implementation=config.attn_implementation,
+        )
+        if self.tokenizer.decoder is None:
+            raise ValueError(f"model {config.model} holds an encoder only; accepted: a model with a decoder")
+        rate = self.tokenizer.config.sampling_rate
+        self.mel_loss = MultiScaleMelLoss(rate, log=config.log_mel_loss, log_floor=config.log_mel_floor)
+        self._make_text_model(newest)
+        self._open_data(train_dataset, validation_dataset)
+        self._make_discriminator()
+        self._make_generator()
+        self.step = 0
+        self.best: float | None = None
+        if newest is not None:
+            self._resume(newest)
+
+    @property
+    def newest_checkpoint(self) -> Path | None:
+        return training_checkpoint.newest(self.directory)
+
+    # --- Making the parts ---
+
+    def _make_text_model(self, checkpoint: Path | None) -> None:
+        config = self.config
+        self.audio_to_text: AudioToTextLoss | None = None
+        self.tokenize: Callable[[str], list[int]] | None = None
+        if config.uses_text:
+            language_model, text_tokenizer = load_language_model(
+                config.text_model, config.text_model_config, config.text_tokenizer
+            )
+            self.audio_to_text = AudioToTextLoss(language_model, self.tokenizer.config.d_model)
+            if checkpoint is not None:
+                self.audio_to_text.load_state_dict(training_checkpoint.load_tensors(checkpoint, "audio_to_text"))
+            end = cast(int, text_tokenizer.eos_token_id)
+
+            def tokenize(text: str) -> list[int]:
+                return [*text_tokenizer(text, add_special_tokens=False)["input_ids"], end]
+
+            self.tokenize = tokenize
+
+    def _open_data(self, train_dataset: datasets.Dataset | None, validation_dataset: datasets.Dataset | None) -> None:
+        config, model_config = self.config, self.tokenizer.config
+        rate = model_config.sampling_rate
+        discriminated = round(config.discriminator_seconds * rate)
+        min_samples = max(round(config.min_seconds * rate), self.mel_loss.min_samples)
+        if config.uses_discriminators:
+            shortest = AudioDiscriminator(config.discriminator_width).min_samples
+            if discriminated < shortest or min_samples < shortest:
+                raise ValueError(
+                    f"discriminator_seconds={config.discriminator_seconds:g}, min_seconds={config.min_seconds:g}; "
+                    f"accepted: {shortest / rate:.3f} or more, which the discriminators need"
+                )
+
+        def inspect(dataset: datasets.Dataset, name: str, needs_text: bool) -> Clips:
+            # The first process fills datasets' cache, the others find it.
+            with self.accelerator.main_process_first():
+                return Clips.inspect(
+                    dataset,
+                    name,
+                    rate,
+                    audio_column=config.audio_column,
+                    text_column=config.text_column if needs_text else None,
+                    key_column=config.key_column,
+                    min_samples=min_samples,
+                    num_proc=config.dataloader_num_workers,
+                )
+
+        if train_dataset is None:
+            if config.train_data is None:
+                raise ValueError("train_data is missing; accepted: a directory, a file or a Hub dataset")
+            train_dataset = open_dataset(config.train_data, config.train_split)
+        if validation_dataset is None and config.validation_data is not None:
+            validation_dataset = open_dataset(config.validation_data, config.validation_split)
+        self.train_clips = inspect(train_dataset, config.train_data or "train", config.uses_text)
+        self.validation_clips = None
+        if validation_dataset is not None:
+            first = validation_dataset.select(range(min(config.validation_clips, len(validation_dataset))))
+            self.validation_clips = inspect(first, config.validation_data or "validation", False)
+        if self.accelerator.is_main_process:
+            for clips, name in ((self.train_clips, "training"), (self.validation_clips, "validation")):
+                if clips is not None and clips.skipped:
+                    some = "; ".join(f"{key}: {problem}" for key, problem in list(clips.skipped.items())[:5])
+                    total = len(clips) + len(clips.skipped)
+                    logger.warning(f"{len(clips.skipped)} of {total} {name} clips are skipped ({some})")
+        self.collator = Collator(model_config, discriminated)
+
+    def _reader(self, clips: Clips, crop: bool) -> BatchReader:
+        return BatchReader(
+            clips,
+            self.collator,
+            crop_samples=round(self.config.crop_seconds * clips.sampling_rate) if crop else None,
+            seed=self.config.seed,
+            process_index=self.accelerator.process_index,
+            num_processes=self.accelerator.num_processes,
+            tokenize=self.tokenize if crop else None,
+        )
+
+    def _make_generator(self) -> None:
+        """What is trained, its optimizer and its schedule; in stage 2, the encoder as it runs beside it."""
+        config = self.config
+        tokenizer = self.tokenizer
+        self.frozen: dict[str, torch.Tensor] = {}
+        if config.stage == 1:
+            trained: nn.Module = TokenizerTraining(tokenizer.train(), self.audio_to_text)
+        else:
+            tokenizer.requires_grad_(False).eval()
+            decoder = cast(MiMoAudioTokenizerDecoder, tokenizer.decoder)
+            trained = DecoderTraining(decoder.requires_grad_(True))
+            # Kept aside, for in bfloat16 the encoder is rounded and the checkpoint must have what was there.
+            self.frozen = {
+                f"encoder.{name}": tensor.clone() if self.half else tensor
+                for name, tensor in tokenizer.encoder.state_dict().items()
+            }
+            tokenizer.encoder.to(self.device, torch.bfloat16 if self.half else torch.float32)
+        # FSDP computes in bfloat16 itself.
+        if self.half and self.accelerator.distributed_type != DistributedType.FSDP:
+            trained = BFloat16Compute(trained)
+        trained._no_split_modules = ["MiMoAudioTokenizerLayer"]  # type: ignore[assignment] # (for FSDP's wrapping)
+        optimizer = self._adamw(trained, config.learning_rate, config.weight_decay)
+        self.generator, self.optimizer = self.accelerator.prepare(trained, optimizer)
+        self.scheduler = self._schedule(optimizer)
+        self.dtype = torch.bfloat16 if self.half else torch.float32
+        # In stage 1 the weights are float32 and what runs is not: autocast is how the model is told.
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.half):
+            self.backend = tokenizer._attention_backend(self.device)
+
+    def _make_discriminator(self) -> None:
+        config = self.config
+        self.discriminator: nn.Module | None = None
+        if config.uses_discriminators:
+            discriminator: nn.Module = AudioDiscriminator(config.discriminator_width).to(self.device)
+            self.discriminator_optimizer = self._adamw(discriminator, config.discriminator_learning_rate, 0.0)
+            self.discriminator_scheduler = self._schedule(self.discriminator_optimizer)
+            if self.accelerator.num_processes > 1:
+                # Small beside the decoder: never sharded, also where FSDP shards that. Spectral norm's vectors follow
+                # from the weights, so they are alike without being sent around.
+                discriminator = DistributedDataParallel(
+                    discriminator,
+                    device_ids=[self.device] if self.device.type == "cuda" else None,
+                    broadcast_buffers=False,
+                )
+            self.discriminator = discriminator
+
+    def _adamw(self, module: nn.Module, learning_rate: float, weight_decay: float) -> torch.optim.AdamW:
+        """Weight decay is for matrices only, as usual."""
+        decayed: list[nn.Parameter] = []
+        others: list[nn.Parameter] = []
+        for parameter in module.parameters():
+            if parameter.requires_grad:
+                (decayed if parameter.ndim > 1 else others).append(parameter)
+        return torch.optim.AdamW(
+            [{"params": decayed, "weight_decay": weight_decay}, {"params": others, "weight_decay": 0.0}],
+            lr=learning_rate,
+            betas=(self.config.adam_beta1, self.config.adam_beta2),
+            fused=self.device.type == "cuda",
+        )
+
+    def _schedule(self, optimizer: torch.optim.Optimizer) -> torch.optim.lr_scheduler.LRScheduler:
+        try:
+            return transformers.get_scheduler(
+                self.config.lr_scheduler_type, optimizer, self.config.warmup_steps, self.config.max_steps
+            )
+        except ValueError as error:
+            raise ValueError(f"lr_scheduler_type={self.config.lr_scheduler_type!r}: {error}") from error
+
+    # --- A step ---
+
+    def _seed_step(self, step: int) -> None:
+        """torch's generators, for what is random within a step: dead entries' revival, a language model's dropout."""
+        torch.manual_seed(_derived_seed(self.config.seed, step, self.accelerator.process_index))
+
+    def _num_quantizers(self, step: int) -> int:
+        """How many codebooks a step uses, the same on every process."""
+        generator = random.Random(f"quantizers {self.config.seed} {step}")
+        whole = self.tokenizer.config.num_quantizers
+        return generator.randint(1, whole) if generator.random() < self.config.quantizer_dropout else whole
+
+    def train_step(self, batches: Sequence[Batch]) -> dict[str, torch.Tensor]:
+        """One step of the optimizers on `gradient_accumulation_steps` batches.
+
+        Returns:
+            This process's shares of the losses, which add up over the processes, and the gradients' norms: tensors on
+            the device, not waited for.
+        """
+        config = self.config
+        self._seed_step(self.step)
+        num_quantizers = self._num_quantizers(self.step)
+        totals: dict[str, torch.Tensor] = {}
+        for number, batch in enumerate(batches, start=1):
+            with contextlib.ExitStack() as stack:
+                if number < len(batches):
+                    stack.enter_context(self.accelerator.no_sync(self.generator))
+                    if isinstance(self.discriminator, DistributedDataParallel):
+                        stack.enter_context(self.discriminator.no_sync())
+                losses = self._backward(batch, num_quantizers, 1 / len(batches))
+            for name, loss in losses.items():
+                totals[name] = totals.get(name, 0) + loss.detach() / len(batches)
+        # The norm is the same on every process; their sum is to be it.
+        processes = self.accelerator.num_processes
+        norm = self.accelerator.clip_grad_norm_(self.generator.parameters(), config.max_grad_norm)
+        totals["gradient_norm"] = _local(norm) / processes
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        self.scheduler.step()
+        if self.discriminator is not None:
+            norm = nn.utils.clip_grad_norm_(self.discriminator.parameters(), config.max_grad_norm)
+            totals["discriminator_gradient_norm"] = norm / processes
+            self.discriminator_optimizer.step()
+            self.discriminator_optimizer.zero_grad()
+            self.discriminator_scheduler.step()
+        self.step += 1
+        return totals
+
+    def reconstruct(
+        self, batch: Batch, num_quantizers: int | None = None
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
+        """Packed samples and codes of a batch and, in stage 1, commitment loss and the sum of the text's losses."""
+        count = self.tokenizer.check_num_quantizers(num_quantizers)
+        if self.config.stage == 1:
+            return self.generator(batch, count, self.backend)
+        with torch.no_grad():
+            codes = self.tokenizer.encode(
+                batch.features, num_quantizers=count, layout=batch.encoder_layout
+            ).audio_codes
+            features = self.tokenizer.encoder.quantizer.decode(codes, self.dtype).to(self.dtype)
+        return self.generator(features, batch.decoder_layout, self.backend), codes, None, None
+
+    def _backward(self, batch: Batch, num_quantizers: int, weight: float) -> dict[str, torch.Tensor]:
+        """Adds the gradients of a batch, and returns this process's shares of its losses."""
+        config = self.config
+        samples, _, commitment, text = self.reconstruct(batch, num_quantizers)
+        predicted, target = samples[batch.decoded_index], batch.waveforms[batch.waveform_index]
+        losses = {RECONSTRUCTION: self.mel_loss(predicted, target, batch.lengths, batch.batch_lengths)}
+        loss = config.reconstruction_weight * losses[RECONSTRUCTION]
+        if commitment is not None:
+            share = sum(batch.code_lengths) / self._batch_codes(batch)
+            losses["commitment_loss"] = share * commitment
+            loss = loss + config.commitment_weight * losses["commitment_loss"]
+        if text is not None:
+            tokens = torch.tensor(float(sum(batch.text_lengths))).to(self.device, non_blocking=True)
+            losses["audio_to_text_loss"] = text / self.accelerator.reduce(tokens, "sum")
+            loss = loss + config.audio_to_text_weight * losses["audio_to_text_loss"]
+        if self.discriminator is not None:
+            loss = loss + self._adversarial(batch, predicted, target, losses, weight)
+        # Wrappers average gradients over processes, and shares are to be added; accelerate divides by the batches of
+        # a step only where it counts them itself.
+        self.accelerator.backward(loss * (weight * self.accelerator.num_processes))
+        return losses
+
+    def _adversarial(
+        self,
+        batch: Batch,
+        predicted: torch.Tensor,
+        target: torch.Tensor,
+        losses: dict[str, torch.Tensor],
+        weight: float,
+    ) -> torch.Tensor:
+        """Adds the discriminators' gradients and losses; returns what has the decoder's adversarial gradient.
+
+        Both sides are judged by the discriminators as the step found them, so these run once: the decoder's gradient
+        is taken at the samples first, without touching the discriminators' weights, and the hinge loss then goes
+        through the same graph.
+        """
+        config, discriminator = self.config, cast(nn.Module, self.discriminator)
+        share = len(batch.lengths) / len(batch.batch_lengths)
+        rows = batch.segments[:, None] + torch.arange(batch.segment_samples, device=self.device)
+        real, fake = target.gather(1, rows), predicted.gather(1, rows)
+        leaf = fake.detach().requires_grad_()
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.half):
+            layers = discriminator(torch.cat([real, leaf]))
+        clips = len(batch.lengths)
+        real_layers = [[layer[:clips] for layer in each] for each in layers]
+        fake_layers = [[layer[clips:] for layer in each] for each in layers]
+        losses["adversarial_loss"] = share * adversarial_loss(fake_layers)
+        losses["feature_matching_loss"] = share * feature_matching_loss(real_layers, fake_layers)
+        generator_loss = (
+            config.adversarial_weight * losses["adversarial_loss"]
+            + config.feature_matching_weight * losses["feature_matching_loss"]
+        )
+        (gradient,) = torch.autograd.grad(generator_loss, leaf, retain_graph=True)
+        losses["discriminator_loss"] = share * discriminator_loss(real_layers, fake_layers)
+        scaled = losses["discriminator_loss"] * (weight * self.accelerator.num_processes)
+        scaled.backward(inputs=list(discriminator.parameters()))
+        return (fake * gradient).sum()
+
+    def _batch_codes(self, batch: Batch) -> int:
+        """Code frames of the whole batch, on all processes."""
+        hop = self.tokenizer.config.hop_length
+        return sum(self.tokenizer.encoder.code_lengths([1 + length // hop for length in batch.batch_lengths]))
+
+    # --- The run ---
+
+    def train(self) -> dict[str, float]:
+        """Runs to `max_steps`.
+
+        Returns:
+            The last validation's metrics, or nothing without validation data.
+
+        Raises:
+            NonFiniteLossError: a loss or gradient is NaN or infinite; checkpoints are from before.
+            ValueError: a clip is not what it was when the run started.
+        """
+        config, accelerator = self.config, self.accelerator
+        reader = self._reader(self.train_clips, crop=True)
+        rate = self.train_clips.sampling_rate
+        lengths = [reader.used_samples(clip) for clip in range(len(self.train_clips))]
+        plan = plan_run(lengths, round(config.batch_seconds * rate), accelerator.num_processes, config.seed)
+        done = self.step * config.gradient_accumulation_steps
+        loader = reader.loader(itertools.islice(plan, done, None), config.dataloader_num_workers)
+        if accelerator.is_main_process:
+            self.directory.mkdir(parents=True, exist_ok=True)
+            with replacing(self.directory / TRAINING_NAME) as temporary:
+                training_checkpoint.write_json(temporary, self._document({}))
+        if config.report_to:
+            flat = {name: value for name, value in dataclasses.asdict(config).items() if _is_scalar(value)}
+            try:
+                accelerator.init_trackers("logs", config=flat)
+            except ModuleNotFoundError as error:
+                raise ValueError(f"report_to={config.report_to}: {error}; accepted: installed trackers") from error
+        metrics: dict[str, float] = {}
+        pending: list[tuple[int, list[str], dict[str, torch.Tensor]]] = []
+        started, seconds = time.perf_counter(), 0.0
+        with tqdm(
+            desc=f"stage {config.stage}",
+            total=config.max_steps,
+            initial=self.step,
+            unit="step",
+            disable=None if accelerator.is_main_process else True,
+        ) as bar:
+            while self.step < config.max_steps:
+                batches = [
+                    batch.to(self.device) for batch in itertools.islice(loader, config.gradient_accumulation_steps)
+                ]
+                losses = self.train_step(batches)
+                pending.append((self.step, [key for batch in batches for key in batch.batch_keys], losses))
+                seconds += sum(sum(batch.batch_lengths) for batch in batches) / rate
+                bar.update()
+                last = self.step == config.max_steps
+                saves = last or self.step % config.save_steps == 0
+                validates = self.validation_clips is not None and (last or self.step % config.eval_steps == 0)
+                if saves or validates or self.step % config.logging_steps == 0:
+                    means = self._look_at(pending)
+                    elapsed = time.perf_counter() - started
+                    means |= {"audio_seconds_per_second": seconds / elapsed, "learning_rate": self._learning_rate()}
+                    pending, started, seconds = [], time.perf_counter(), 0.0
+                    bar.set_postfix_str(
+                        f"{means[RECONSTRUCTION]:.4g} mel, {means['audio_seconds_per_second']:.0f} s of audio/s"
+                    )
+                    self._log({f"train/{name}": value for name, value in means.items()})
+                is_best = False
+                if validates:
+                    metrics = self.validate()
+                    is_best = self._is_best(metrics)
+                    self._log({f"validation/{name}": value for name, value in metrics.items()})
+                if saves:
+                    self.save(training_checkpoint.path(self.directory, self.step), metrics, to_resume=True)
+                if is_best:
+                    self.save(self.directory / training_checkpoint.BEST, metrics, to_resume=False)
+                if validates or saves:
+                    started = time.perf_counter()
+        if config.report_to:
+            accelerator.end_training()
+        return metrics
+
+    def _learning_rate(self) -> float:
+        return float(self.scheduler.get_last_lr()[0])
+
+    def _look_at(self, pending: list[tuple[int, list[str], dict[str, torch.Tensor]]]) -> dict[str, float]:
+        """Mean losses since the last look, over all processes: the one time that the GPU is waited for.
+
+        Raises:
+            NonFiniteLossError: one of them is not finite; on every process.
+        """
+        names = list(pending[0][2])
+        table = torch.stack([torch.stack([losses[name].float() for name in names]) for _, _, losses in pending])
+        rows = self.accelerator.reduce(table, "sum").tolist()
+        for (step, keys, _), row in zip(pending, rows, strict=True):
+            for name, value in zip(names, row, strict=True):
+                if not math.isfinite(value):
+                    raise NonFiniteLossError(name, step, keys)
+        return {name: sum(column) / len(rows) for name, column in zip(names, zip(*rows, strict=True), strict=True)}
+
+    def _log(self, values: dict[str, float]) -> None:
+        if self.accelerator.is_main_process:
+            with (self.directory / "log.jsonl").open("a", encoding="utf-8") as file:
+                file.write(json.dumps({"step": self.step} | values) + "\n")
+        if self.config.report_to:
+            self.accelerator.log(values, step=self.step)
+
+    # --- Validation ---
+
+    @torch.no_grad()
+    def validate(self) -> dict[str, float]:
+        """Reconstructs the validation clips, whole, with all codebooks.
+
+        Returns:
+            The means of the metrics over the clips, and of each codebook the share of entries in use. A clip that a
+            metric is not defined for does not count for it. Audio and pictures of the first clips are written to
+            `samples/`.
+        """
+        clips = cast(Clips, self.validation_clips)
+        reader = self._reader(clips, crop=False)
+        largest = max(round(self.config.batch_seconds * clips.sampling_rate), *clips.lengths)
+        plan = plan_epoch(clips.lengths, largest, self.accelerator.num_processes, None, 0)
+        sizes = self.tokenizer.config.codebook_sizes
+        used = [torch.zeros(size, dtype=torch.long, device=self.device) for size in sizes]
+        names = [RECONSTRUCTION, *self.metrics]
+        sums = torch.zeros(len(names), 2, dtype=torch.float64)
+        self.generator.eval()
+        for batch in reader.loader(plan, self.config.dataloader_num_workers):
+            batch = batch.to(self.device)
+            samples, codes, _, _ = self.reconstruct(batch)
+            if not batch.counted:
+                continue
+            for book, column in enumerate(codes.t()):
+                used[book] += torch.bincount(column, minlength=sizes[book])
+            decoded, targets = samples[batch.decoded_index], batch.waveforms[batch.waveform_index]
+            for clip, key, length, reference, waveform in zip(
+                batch.clips, batch.keys, batch.lengths, targets, decoded, strict=True
+            ):
+                loss = self.mel_loss(waveform[None, :length], reference[None, :length])
+                reference, waveform = reference[:length].cpu(), waveform[:length].cpu()
+                for row, value in enumerate([float(loss), *self._measured(key, reference, waveform)]):
+                    if math.isfinite(value):
+                        sums[row] += torch.tensor([value, 1.0], dtype=torch.float64)
+                if clip < self.config.validation_samples:
+                    self._write_sample(clip, key, reference, waveform)
+        self.generator.train()
+        sums, counts = (
+            self.accelerator.reduce(tensor.to(self.device), "sum") for tensor in (sums.float(), torch.cat(used))
+        )
+        metrics = {
+            name: (total / count if count else math.nan)
+            for name, (total, count) in zip(names, sums.tolist(), strict=True)
+        }
+        for book, count in enumerate(counts.cpu().split(sizes)):
+            metrics[f"codebook_use/{book}"] = int(count.count_nonzero()) / sizes[book]
+        return metrics
+
+    def _measured(self, key: str, reference: torch.Tensor, decoded: torch.Tensor) -> Iterator[float]:
+        for name, metric in self.metrics.items():
+            try:
+                yield float(metric(reference, decoded, self.tokenizer.config.sampling_rate))
+            except ValueError as error:
+                logger.warning(f"{name} of {key}: {error}")
+                yield math.nan
+
+    def _is_best(self, metrics: dict[str, float]) -> bool:
+        name = self.config.metric_for_best_model
+        value = metrics[name]
+        better = self.best is None or (value < self.best if name in _LOWER_IS_BETTER else value > self.best)
+        if better and math.isfinite(value):
+            self.best = value
+            return True
+        return False
+
+    def _write_sample(self, clip: int, key: str, reference: torch.Tensor, decoded: torch.Tensor) -> None:
+        """Audio and a picture of the mels, the recording's above the decoded one's, as files and to the trackers."""
+        rate = self.tokenizer.config.sampling_rate
+        folder = self.directory / "samples" / f"step-{self.step}"
+        mels = [self.collator.extractor.log_mel_spectrogram(waveform) for waveform in (reference, decoded)]
+        picture = mel_picture(mels)
+        save_audio(folder / f"{clip}-decoded.wav", decoded, rate)
+        save_audio(folder / f"{clip}-recording.wav", reference, rate)
+        write_png(folder / f"{clip}-mels.png", picture)
+        for tracker in self.accelerator.trackers:
+            if tracker.name == "tensorboard":
+                writer = tracker.tracker
+                writer.add_audio(f"validation/{key}", decoded[None].clamp(-1, 1), self.step, sample_rate=rate)
+                writer.add_image(f"validation/{key}", picture[None], self.step)
+
+    # --- Checkpoints ---
+
+    def save(self, target: Path, metrics: dict[str, float], *, to_resume: bool) -> None:
+        """Writes the model as a checkpoint, by all processes together; with `to_resume`, also what the run needs.
+
+        Old checkpoints beyond `save_total_limit` are removed when the new one is complete.
+        """
+        accelerator = self.accelerator
+        tensors = training_checkpoint.model_tensors(self.generator)
+        if any(name.startswith("module.") for name in tensors):  # BFloat16Compute's
+            tensors = {name.removeprefix("module."): tensor for name, tensor in tensors.items()}
+        states: dict[str, dict[str, torch.Tensor]] = {}
+        state: dict[str, Any] = {"step": self.step, "best": self.best, "scheduler": self.scheduler.state_dict()}
+        if to_resume:
+            optimizer = self.optimizer.optimizer
+            states["optimizer"], state["optimizer"] = training_checkpoint.optimizer_state(self.generator, optimizer)
+            if self.discriminator is not None:
+                states["discriminator"] = training_checkpoint.model_tensors(self.discriminator)
+                states["discriminator_optimizer"], state["discriminator_optimizer"] = (
+                    training_checkpoint.optimizer_state(self.discriminator, self.discriminator_optimizer)
+                )
+                state["discriminator_scheduler"] = self.discriminator_scheduler.state_dict()
+            if self.audio_to_text is not None:
+                states["audio_to_text"] = _under("audio_to_text.", tensors)
+        if self.config.stage == 1:
+            model = _under("tokenizer.", tensors)
+        else:
+            model = {name: tensor.cpu() for name, tensor in self.frozen.items()} | tensors
+        if accelerator.is_main_process:
+            with training_checkpoint.replacing_directory(target) as temporary:
+                self.tokenizer.save_pretrained(temporary, state_dict=model)
+                self.collator.extractor.save_pretrained(temporary)
+                training_checkpoint.write_json(temporary / TRAINING_NAME, self._document(metrics))
+                if to_resume:
+                    for name, contents in states.items():
+                        training_checkpoint.save_tensors(temporary, name, contents)
+                    training_checkpoint.write_json(temporary / training_checkpoint.STATE_NAME, state)
+            training_checkpoint.remove_old(self.directory, self.config.save_total_limit)
+        accelerator.wait_for_everyone()
+
+    def _resume(self, checkpoint: Path) -> None:
+        found = training_checkpoint.read_json(checkpoint / TRAINING_NAME)
+        ours = json.loads(json.dumps(self._document({})))
+        for name, value in ours["config"].items():
+            if name not in self.config.may_change and found["config"].get(name) != value:
+                had = found["config"].get(name)
+                raise ValueError(f"{name}={value!r}; accepted with resume=True: {had!r}, as {checkpoint} has it")
+        if found["processes"] != ours["processes"]:
+            raise ValueError(f"{ours['processes']} processes; accepted with resume=True: {found['processes']}")
+        if found["data"]["train"]["fingerprint"] != ours["data"]["train"]["fingerprint"]:
+            raise ValueError(f"the training data are not those of {checkpoint}; accepted with resume=True: the same")
+        state = training_checkpoint.read_json(checkpoint / training_checkpoint.STATE_NAME)
+
+        training_checkpoint.load_optimizer_state(
+            self.generator,
+            self.optimizer.optimizer,
+            training_checkpoint.load_tensors(checkpoint, "optimizer"),
+            state["optimizer"],
+        )
+        self.scheduler.load_state_dict(state["scheduler"])
+        if self.discriminator is not None:
+            inner = self.discriminator
+            if isinstance(inner, DistributedDataParallel):
+                inner = inner.module
+            inner.load_state_dict(training_checkpoint.load_tensors(checkpoint, "discriminator"))
+            training_checkpoint.load_optimizer_state(
+                self.discriminator,
+                self.discriminator_optimizer,
+                training_checkpoint.load_tensors(checkpoint, "discriminator_optimizer"),
+                state["discriminator_optimizer"],
+            )
+            self.discriminator_scheduler.load_state_dict(state["discriminator_scheduler"])
+        self.step, self.best = state["step"], state["best"]
+
+    def _document(self, metrics: dict[str, float]) -> dict[str, Any]:
+        """What lies beside the weights: what made them, of what, and how good they are."""
+
+        def described(clips: Clips | None) -> dict[str, Any] | None:
+            if clips is None:
+                return None
+            return {
+                "clips": len(clips),
+                "seconds": round(clips.seconds, 3),
+                "skipped": clips.skipped,
+                "fingerprint": clips.fingerprint,
+            }
+
+        return {
+            "config": dataclasses.asdict(self.config),
+            "processes": self.accelerator.num_processes,
+            "mixed_precision": self.accelerator.mixed_precision,
+            "device": torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else platform.machine(),
+            "versions": {
+                "mimo_audio_hf": __version__,
+                "python": platform.python_version(),
+                "torch": torch.__version__,
+                "transformers": transformers.__version__,
+                "accelerate": accelerate.__version__,
+                "datasets": datasets.__version__,
+            },
+            "data": {"train": described(self.train_clips), "validation": described(self.validation_clips)},
+            "step": getattr(self, "step", 0),
+            "metrics": metrics,
+        }
+
+
+def find_metric(name: str) -> Metric:
+    """A metric of the module `metrics` by name.
+
+    Raises:
+        ValueError: there is none of this name.
+    """
+    try:
+        metrics = importlib.import_module(".metrics", __package__)
+    except ImportError as error:
+        raise ValueError(f"metrics={name!r}: {error}") from error
+    known: dict[str, Metric] = {
+        "mel_distance": metrics.mel_distance,
+        "stoi": metrics.stoi,
+        "pesq_nb": lambda reference, decoded, rate: metrics.pesq(reference, decoded, rate, "nb"),
+        "pesq_wb": lambda reference, decoded, rate: metrics.pesq(reference, decoded, rate, "wb"),
+    }
+    if name not in known:
+        raise ValueError(f"metrics={name!r}; accepted: {', '.join(known)}")
+    return known[name]
+
+
+def _derived_seed(*parts: object) -> int:
+    return int.from_bytes(hashlib.sha256(repr(parts).encode()).digest()[:8], "little") >> 1
+
+
+def _under(prefix: str, tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    return {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
+
+
+def _local(tensor: Any) -> torch.Tensor:
+    """FSDP's norms are distributed tensors."""
+    return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
+
+
+def _is_scalar(value: Any) -> bool:
+    return isinstance(value, (bool, int, float, str))

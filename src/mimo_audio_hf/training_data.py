@@ -1,0 +1,496 @@
+# Copyright 2026 The mimo-audio-hf authors. Licensed under the Apache License, Version 2.0.
+"""From a dataset to the packed batches of a training run.
+
+What a batch holds is a function of the seed and its number alone: clips are shuffled, those of like lengths put
+together, cropped and shared out between the processes without any state, so a run goes on where it stopped by
+counting, and two processes see what one would see.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import random
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import datasets
+import torch
+from torch.utils.data import DataLoader
+from torch.utils.data import Dataset as TorchDataset
+
+from .configuration_mimo_audio_tokenizer import MiMoAudioTokenizerConfig
+from .dataset import to_waveform
+from .feature_extraction_mimo_audio_tokenizer import MiMoAudioTokenizerFeatureExtractor
+from .modeling_mimo_audio_tokenizer import (
+    MiMoAudioTokenizerDecoderLayout,
+    MiMoAudioTokenizerEncoderLayout,
+    MiMoAudioTokenizerModel,
+)
+
+
+# A clip that never gets louder than this (-80 dB of full scale) is silent.
+SILENCE = 1e-4
+# Batches that are shuffled together and then sorted by length: enough for like lengths, few enough to stay random.
+_POOL_BATCHES = 50
+
+_LOADERS = {".csv": "csv", ".json": "json", ".jsonl": "json", ".parquet": "parquet"}
+
+
+def open_dataset(source: str, split: str) -> datasets.Dataset:
+    """A dataset by name.
+
+    Args:
+        source: a directory that `save_to_disk` wrote; a folder of audio files (`datasets`' audiofolder, so a
+            `metadata.csv` or `metadata.jsonl` in it may add a text column); a .jsonl, .json, .csv or .parquet file
+            with a column of paths; or a Hub id.
+        split: which part of it, where it has parts.
+
+    Raises:
+        ValueError: there is no such dataset, or it has no such split.
+    """
+    path = Path(source)
+    try:
+        if (path / "state.json").is_file() or (path / "dataset_dict.json").is_file():
+            loaded = datasets.load_from_disk(source)
+        elif path.is_dir():
+            loaded = datasets.load_dataset("audiofolder", data_dir=source)
+        elif path.is_file() and path.suffix.lower() in _LOADERS:
+            loaded = datasets.load_dataset(_LOADERS[path.suffix.lower()], data_files=source)
+        elif path.exists() or source.count("/") != 1:
+            raise ValueError("no such dataset; accepted: a folder, a .jsonl, .csv or .parquet file, or a Hub id")
+        else:
+            loaded = datasets.load_dataset(source)
+    except (OSError, datasets.exceptions.DatasetsError) as error:
+        raise ValueError(f"data {source}: {' '.join(str(error).split())}") from error
+    except ValueError as error:
+        raise ValueError(f"data {source}: {error}") from error
+    if not isinstance(loaded, datasets.DatasetDict):
+        return loaded
+    if split not in loaded and len(loaded) > 1:
+        raise ValueError(f"data {source} has no split {split!r}; accepted: {', '.join(loaded)}")
+    return loaded[split] if split in loaded else next(iter(loaded.values()))
+
+
+@dataclass(frozen=True)
+class Clips:
+    """The usable clips of a dataset, found by reading each of them once.
+
+    Attributes:
+        dataset: with its audio column undecoded.
+        audio_column, text_column: names; no text column where no text is wanted.
+        sampling_rate: that of the lengths, in Hz.
+        rows, keys, lengths: of each usable clip its row, its name and its samples.
+        skipped: what was wrong with the others, by name.
+        fingerprint: SHA-256 of the names and samples (and texts) of all usable clips.
+    """
+
+    dataset: datasets.Dataset
+    audio_column: str
+    text_column: str | None
+    sampling_rate: int
+    rows: list[int]
+    keys: list[str]
+    lengths: list[int]
+    skipped: dict[str, str]
+    fingerprint: str
+
+    @classmethod
+    def inspect(
+        cls,
+        dataset: datasets.Dataset,
+        name: str,
+        sampling_rate: int,
+        *,
+        audio_column: str = "audio",
+        text_column: str | None = None,
+        key_column: str | None = None,
+        min_samples: int = 1,
+        num_proc: int | None = None,
+    ) -> Clips:
+        """Read every clip once; `datasets` caches what was found for datasets that lie on disk.
+
+        Args:
+            dataset: with `audio_column`, of any kind that `tokenize_audio` takes.
+            name: of the dataset, for errors and for clips that have no name themselves.
+            sampling_rate: what the audio is brought to, in Hz.
+            text_column: with it, a clip without text is not usable.
+            key_column: the clips' names; by default those of their files, or their rows.
+            min_samples: shorter clips are not usable. Neither are silent ones, and those that cannot be read.
+            num_proc: processes that read.
+
+        Raises:
+            ValueError: a column is missing, or no clip is usable.
+        """
+        columns = [column for column in (audio_column, text_column, key_column) if column is not None]
+        for column in columns:
+            if column not in dataset.column_names:
+                raise ValueError(f"data {name}: no column {column!r}; accepted: {', '.join(dataset.column_names)}")
+        dataset = dataset.select_columns(columns)
+        if isinstance(dataset.features[audio_column], datasets.Audio):
+            dataset = dataset.cast_column(audio_column, datasets.Audio(decode=False))
+        found = dataset.map(
+            _inspect_clip,
+            with_indices=True,
+            remove_columns=columns,
+            num_proc=num_proc if num_proc and num_proc > 1 and len(dataset) > num_proc else None,
+            desc=f"reading {name}",
+            fn_kwargs={
+                "name": name,
+                "sampling_rate": sampling_rate,
+                "audio_column": audio_column,
+                "text_column": text_column,
+                "key_column": key_column,
+                "min_samples": min_samples,
+            },
+        )
+        problems, keys, lengths = list(found["problem"]), list(found["key"]), list(found["num_samples"])
+        rows = [row for row, problem in enumerate(problems) if not problem]
+        skipped = {keys[row]: problem for row, problem in enumerate(problems) if problem}
+        if not rows:
+            reasons = "; ".join(f"{key}: {problem}" for key, problem in list(skipped.items())[:5])
+            raise ValueError(f"data {name}: none of {len(problems)} clips can be used ({reasons})")
+        digests = list(found["digest"])
+        return cls(
+            dataset=dataset,
+            audio_column=audio_column,
+            text_column=text_column,
+            sampling_rate=sampling_rate,
+            rows=rows,
+            keys=[keys[row] for row in rows],
+            lengths=[lengths[row] for row in rows],
+            skipped=skipped,
+            fingerprint=hashlib.sha256("\n".join(digests[row] for row in rows).encode()).hexdigest(),
+        )
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    @property
+    def seconds(self) -> float:
+        return sum(self.lengths) / self.sampling_rate
+
+    def load(self, clip: int) -> tuple[torch.Tensor, str | None]:
+        """Samples (samples,) float32 and text of a usable clip."""
+        row = self.dataset[self.rows[clip]]
+        try:
+            waveform = to_waveform(row[self.audio_column], self.sampling_rate)
+        except (ValueError, OSError) as error:
+            raise ValueError(f"clip {self.keys[clip]}: {error}") from error
+        if len(waveform) != self.lengths[clip]:
+            raise ValueError(
+                f"clip {self.keys[clip]} has {len(waveform)} samples and had {self.lengths[clip]} when the run "
+                "started; accepted: data that stay as they are"
+            )
+        return waveform, None if self.text_column is None else row[self.text_column]
+
+
+def _inspect_clip(
+    row: dict[str, Any],
+    index: int,
+    *,
+    name: str,
+    sampling_rate: int,
+    audio_column: str,
+    text_column: str | None,
+    key_column: str | None,
+    min_samples: int,
+) -> dict[str, Any]:
+    value = row[audio_column]
+    path = value.get("path") if isinstance(value, dict) else value if isinstance(value, str) else None
+    key = f"{name}[{index}]" if path is None else Path(path).name
+    key = key if key_column is None else str(row[key_column])
+    found: dict[str, Any] = {"key": key, "num_samples": 0, "digest": "", "problem": ""}
+    try:
+        waveform = to_waveform(value, sampling_rate)
+    except (ValueError, OSError) as error:
+        return found | {"problem": " ".join(str(error).split())}
+    found["num_samples"] = len(waveform)
+    text = None if text_column is None else row[text_column]
+    if not waveform.isfinite().all():
+        found["problem"] = "NaN or infinite samples"
+    elif len(waveform) < min_samples:
+        seconds = len(waveform) / sampling_rate
+        found["problem"] = f"{seconds:.3f} s, shorter than {min_samples / sampling_rate:g} s"
+    elif waveform.abs().max() < SILENCE:
+        found["problem"] = "silent"
+    elif text_column is not None and not (isinstance(text, str) and text.strip()):
+        found["problem"] = f"no text in the column {text_column!r}"
+    else:
+        content = hashlib.sha256(waveform.numpy().tobytes())
+        content.update(f"{key}\n{text}".encode())
+        found["digest"] = content.hexdigest()
+    return found
+
+
+@dataclass(frozen=True)
+class PlannedBatch:
+    """Which clips a batch holds, on all processes."""
+
+    epoch: int
+    clips: list[int]
+
+
+def plan_epoch(
+    lengths: Sequence[int], max_samples: int, num_processes: int, seed: int | None, epoch: int
+) -> list[PlannedBatch]:
+    """All clips, in batches of at most `max_samples` samples on each process, clips of like lengths together.
+
+    Args:
+        lengths: samples of each clip, at most `max_samples`.
+        max_samples: of one process's share of a batch.
+        num_processes: among which a batch is shared out; it has a clip for each, so the last few may be left out.
+        seed: of the shuffle; None for the clips in order of length, none left out.
+        epoch: how many times all clips were seen before.
+    """
+    order = list(range(len(lengths)))
+    if seed is not None:
+        random.Random(f"order {seed} {epoch}").shuffle(order)
+    limit = max_samples * num_processes
+    pools: list[list[int]] = [[]]
+    pooled = 0
+    for clip in order:
+        if seed is not None and pooled + lengths[clip] > limit * _POOL_BATCHES:
+            pools.append([])
+            pooled = 0
+        pools[-1].append(clip)
+        pooled += lengths[clip]
+    batches: list[list[int]] = []
+    for pool in pools:
+        pool.sort(key=lambda clip: -lengths[clip])
+        # As few batches as hold the pool, filled alike, so that none is left with a rest.
+        target = sum(lengths[clip] for clip in pool) / -(-sum(lengths[clip] for clip in pool) // limit)
+        batch: list[int] = []
+        held = 0
+        for clip in pool:
+            if batch and (held + lengths[clip] > limit or held >= target):
+                batches.append(batch)
+                batch, held = [], 0
+            batch.append(clip)
+            held += lengths[clip]
+        batches.append(batch)
+    if seed is not None:
+        batches = [batch for batch in batches if len(batch) >= num_processes]
+        random.Random(f"batches {seed} {epoch}").shuffle(batches)
+    return [PlannedBatch(epoch, batch) for batch in batches]
+
+
+def plan_run(lengths: Sequence[int], max_samples: int, num_processes: int, seed: int) -> Iterator[PlannedBatch]:
+    """The batches of one epoch after the other, without end.
+
+    Raises:
+        ValueError: there are fewer clips than processes.
+    """
+    if len(lengths) < num_processes:
+        raise ValueError(f"{len(lengths)} clips for {num_processes} processes; accepted: a clip for each")
+    epoch = 0
+    while True:
+        yield from plan_epoch(lengths, max_samples, num_processes, seed, epoch)
+        epoch += 1
+
+
+@dataclass(frozen=True)
+class Batch:
+    """One process's share of a batch: its clips packed end to end, with everything about lengths made beforehand.
+
+    Attributes:
+        waveforms: (samples,) float32.
+        features: their log-mels, (frames, n_mels).
+        encoder_layout, decoder_layout: the model's, for these clips.
+        waveform_index, decoded_index: (clips, longest): where each sample of the padded batch lies in `waveforms` and
+            in what the decoder returns; past a clip's end, some other sample of it.
+        segments: (clips,) first sample of each clip's segment for the discriminators.
+        segment_samples: length of the segments, alike in all processes: no more than the shortest clip.
+        text_ids, text_lengths: tokens of the clips' texts (tokens,), or nothing.
+        keys, lengths, code_lengths: the clips' names, samples and code frames.
+        clips: which clips of the dataset these are.
+        batch_keys, batch_lengths: those of the whole batch, on all processes.
+        counted: whether the clips count; they do not where there was none left for this process in a validation.
+    """
+
+    waveforms: torch.Tensor
+    features: torch.Tensor
+    encoder_layout: MiMoAudioTokenizerEncoderLayout
+    decoder_layout: MiMoAudioTokenizerDecoderLayout
+    waveform_index: torch.Tensor
+    decoded_index: torch.Tensor
+    segments: torch.Tensor
+    segment_samples: int
+    text_ids: torch.Tensor | None
+    text_lengths: list[int]
+    keys: list[str]
+    lengths: list[int]
+    code_lengths: list[int]
+    clips: list[int]
+    batch_keys: list[str]
+    batch_lengths: list[int]
+    counted: bool
+
+    def pin_memory(self) -> Batch:
+        return _map_tensors(self, lambda tensor: tensor.pin_memory())
+
+    def to(self, device: torch.device) -> Batch:
+        return _map_tensors(self, lambda tensor: tensor.to(device, non_blocking=True))
+
+
+def _map_tensors(value: Any, function: Callable[[torch.Tensor], torch.Tensor]) -> Any:
+    if isinstance(value, torch.Tensor):
+        return function(value)
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        parts = {field.name: _map_tensors(getattr(value, field.name), function) for field in dataclasses.fields(value)}
+        return dataclasses.replace(value, **parts)
+    return value
+
+
+class Collator:
+    """Makes batches of waveforms; of the model it knows the configuration only, so that workers can have it.
+
+    Args:
+        config: the model's.
+        max_segment_samples: the discriminators' segments' length, where all clips are long enough.
+    """
+
+    def __init__(self, config: MiMoAudioTokenizerConfig, max_segment_samples: int) -> None:
+        self.max_segment_samples = max_segment_samples
+        self.extractor = MiMoAudioTokenizerFeatureExtractor.from_config(config)
+        self.samples_per_frame = config.samples_per_frame
+        with torch.device("meta"):
+            self.model = MiMoAudioTokenizerModel(config)
+
+    def __call__(
+        self,
+        waveforms: Sequence[torch.Tensor],
+        *,
+        segments: Sequence[float] | None = None,
+        keys: Sequence[str] | None = None,
+        clips: Sequence[int] | None = None,
+        texts: Sequence[list[int]] | None = None,
+        batch_keys: Sequence[str] | None = None,
+        batch_lengths: Sequence[int] | None = None,
+        counted: bool = True,
+    ) -> Batch:
+        """A batch, on the CPU.
+
+        Args:
+            waveforms: mono clips (samples,) float32.
+            segments: where in each clip its segment for the discriminators lies, from 0 to 1; by default at its start.
+            keys, clips: the clips' names and numbers.
+            texts: the clips' tokens.
+            batch_keys, batch_lengths: of the whole batch on all processes, if this is but a share of it.
+            counted: see [`Batch`].
+        """
+        lengths = [len(waveform) for waveform in waveforms]
+        batch_lengths = lengths if batch_lengths is None else list(batch_lengths)
+        keys = [str(number) for number in range(len(lengths))] if keys is None else list(keys)
+        mels = [self.extractor.log_mel_spectrogram(waveform) for waveform in waveforms]
+        mel_lengths = [mel.shape[1] for mel in mels]
+        code_lengths = self.model.encoder.code_lengths(mel_lengths)
+        segment_samples = min(self.max_segment_samples, *batch_lengths)
+        places = [0.0] * len(lengths) if segments is None else segments
+        return Batch(
+            waveforms=torch.cat(list(waveforms)),
+            features=torch.cat([mel.t() for mel in mels]),
+            encoder_layout=self.model.encoder_layout(mel_lengths, "cpu"),
+            decoder_layout=self.model.decoder_layout(code_lengths, "cpu"),
+            waveform_index=_padded_index(lengths, lengths),
+            decoded_index=_padded_index(lengths, [length * self.samples_per_frame for length in code_lengths]),
+            segments=torch.tensor(
+                [int(place * (length - segment_samples + 1)) for place, length in zip(places, lengths, strict=True)]
+            ),
+            segment_samples=segment_samples,
+            text_ids=None if texts is None else torch.tensor([token for text in texts for token in text]),
+            text_lengths=[] if texts is None else [len(text) for text in texts],
+            keys=keys,
+            lengths=lengths,
+            code_lengths=code_lengths,
+            clips=list(range(len(lengths))) if clips is None else list(clips),
+            batch_keys=keys if batch_keys is None else list(batch_keys),
+            batch_lengths=batch_lengths,
+            counted=counted,
+        )
+
+
+def _padded_index(lengths: Sequence[int], strides: Sequence[int]) -> torch.Tensor:
+    """(clips, longest): clip i's samples begin after the strides of those before it."""
+    starts = torch.tensor([0, *strides[:-1]]).cumsum(0)
+    ends = torch.tensor(lengths)[:, None] - 1
+    return starts[:, None] + torch.minimum(torch.arange(max(lengths)), ends)
+
+
+class BatchReader(TorchDataset["Batch | ValueError"]):
+    """Reads this process's share of planned batches, in the data loader's workers.
+
+    A clip that cannot be read any more gives the error in place of the batch, for the run to say.
+    """
+
+    def __init__(
+        self,
+        clips: Clips,
+        collator: Collator,
+        *,
+        crop_samples: int | None,
+        seed: int,
+        process_index: int,
+        num_processes: int,
+        tokenize: Callable[[str], list[int]] | None = None,
+    ) -> None:
+        self.clips = clips
+        self.collator = collator
+        self.crop_samples = crop_samples
+        self.seed = seed
+        self.process_index = process_index
+        self.num_processes = num_processes
+        self.tokenize = tokenize
+
+    def used_samples(self, clip: int) -> int:
+        """Samples of a clip that a batch holds: of a long one, a crop."""
+        length = self.clips.lengths[clip]
+        return length if self.crop_samples is None else min(length, self.crop_samples)
+
+    def __getitem__(self, planned: PlannedBatch) -> Batch | ValueError:  # type: ignore[override]
+        mine = planned.clips[self.process_index :: self.num_processes]
+        counted = bool(mine)
+        waveforms, segments, texts = [], [], []
+        try:
+            for clip in mine or planned.clips[:1]:
+                waveform, text = self.clips.load(clip)
+                # Of the clip, not of the process that it falls to.
+                generator = random.Random(f"crop {self.seed} {planned.epoch} {clip}")
+                samples = self.used_samples(clip)
+                start = generator.randint(0, len(waveform) - samples)
+                waveforms.append(waveform[start : start + samples])
+                segments.append(generator.random())
+                if self.tokenize is not None:
+                    texts.append(self.tokenize(str(text)))
+        except ValueError as error:
+            return error
+        return self.collator(
+            waveforms,
+            segments=segments,
+            keys=[self.clips.keys[clip] for clip in mine or planned.clips[:1]],
+            clips=mine or planned.clips[:1],
+            texts=texts if self.tokenize is not None else None,
+            batch_keys=[self.clips.keys[clip] for clip in planned.clips],
+            batch_lengths=[self.used_samples(clip) for clip in planned.clips],
+            counted=counted,
+        )
+
+    def loader(self, plan: Iterator[PlannedBatch] | Sequence[PlannedBatch], num_workers: int) -> Iterator[Batch]:
+        """The batches of a plan, read ahead by `num_workers` processes.
+
+        Raises:
+            ValueError: a clip cannot be read any more, or is not what it was.
+        """
+        loader: DataLoader[Batch | ValueError] = DataLoader(
+            self,
+            sampler=plan,  # type: ignore[arg-type] # (any iterable will do)
+            batch_size=None,
+            num_workers=num_workers,
+            pin_memory=torch.cuda.is_available(),
+        )
+        for batch in loader:
+            if isinstance(batch, ValueError):
+                raise batch
+            yield batch
