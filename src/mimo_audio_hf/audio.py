@@ -54,6 +54,8 @@ AUDIO_FORMATS = {  # extension: libsndfile's format and subtype
     ".ogg": ("OGG", "VORBIS"),
     ".mp3": ("MP3", "MPEG_LAYER_III"),
 }
+# What is looked for in folders.
+AUDIO_SUFFIXES = (*AUDIO_FORMATS, ".aif", ".aiff", ".au", ".caf", ".opus", ".w64")
 
 
 def load_audio(source: AudioSource, sampling_rate: int = 24000) -> torch.Tensor:

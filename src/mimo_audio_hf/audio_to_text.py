@@ -1,6 +1,8 @@
 # Copyright 2026 The mimo-audio-hf authors. Licensed under the Apache License, Version 2.0.
-"""The audio-to-text loss of the technical report's first stage (arXiv 2512.23808): a language model writes down what it
-reads in the quantized features, so that these keep what was said."""
+"""The audio-to-text loss of the technical report's first stage (arXiv 2512.23808).
+
+A language model writes down what it reads in the quantized features, so that these keep what was said.
+"""
 
 from __future__ import annotations
 

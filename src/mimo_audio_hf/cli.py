@@ -23,7 +23,7 @@ import transformers
 from tqdm import tqdm
 
 from . import codes as code_files
-from .audio import AUDIO_FORMATS, load_audio, save_audio
+from .audio import AUDIO_FORMATS, AUDIO_SUFFIXES, load_audio, save_audio
 from .checkpoints import PRESETS, RELEASED_MODEL, init_checkpoint, load_model
 from .codes import AudioCodes
 from .hub import add_hub_command
@@ -46,7 +46,6 @@ Result = TypeVar("Result")
 Subparsers: TypeAlias = "argparse._SubParsersAction[argparse.ArgumentParser]"
 
 OUTPUT_SUFFIXES = tuple(AUDIO_FORMATS)
-AUDIO_SUFFIXES = (*OUTPUT_SUFFIXES, ".aif", ".aiff", ".au", ".caf", ".opus", ".w64")
 
 # Files are loaded this many batches at a time: enough to sort by length, little enough to hold in memory.
 _BATCHES_LOADED = 4

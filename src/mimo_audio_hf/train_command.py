@@ -53,3 +53,5 @@ def run_train(args: argparse.Namespace) -> None:
         for name, value in metrics.items():
             if "/" not in name:
                 print(f"{name} {value:.4f}")
+    if trainer.accelerator.num_processes > 1:
+        trainer.accelerator.state.destroy_process_group()

@@ -20,6 +20,7 @@ import itertools
 import json
 import logging
 import math
+import os
 import platform
 import random
 import time
@@ -171,6 +172,8 @@ class Trainer:
             raise ValueError(f"{self.directory} holds no checkpoint to resume from; accepted: resume=False")
         try:
             self.accelerator = Accelerator(
+                # Without a GPU it has to be told, or it does not see the other processes.
+                cpu="RANK" in os.environ and not torch.cuda.is_available(),
                 mixed_precision=config.mixed_precision,
                 log_with=list(config.report_to) or None,
                 project_dir=str(self.directory),

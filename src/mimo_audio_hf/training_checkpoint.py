@@ -18,7 +18,7 @@ import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from safetensors import SafetensorError
@@ -40,7 +40,6 @@ BEST = "best"
 _NAME = re.compile(r"checkpoint-(\d+)")
 # Whole tensors by their names, whatever DDP or FSDP did to the module.
 _WHOLE = StateDictOptions(full_state_dict=True, cpu_offload=True)
-_WHOLE_FLAT = StateDictOptions(full_state_dict=True, cpu_offload=True, flatten_optimizer_state_dict=True)
 
 
 def path(directory: Path, step: int) -> Path:
@@ -86,29 +85,33 @@ def replacing_directory(target: Path) -> Iterator[Path]:
 
 def model_tensors(module: nn.Module) -> dict[str, torch.Tensor]:
     """A module's whole state on the CPU, by the names that it has without wrappers. Every process has to ask."""
-    return {
-        name: tensor.detach().cpu().contiguous()
-        for name, tensor in get_model_state_dict(module, options=_WHOLE).items()
-    }
+    whole = get_model_state_dict(module, options=_WHOLE)
+    return {name: cast(torch.Tensor, value).detach().cpu().contiguous() for name, value in whole.items()}
 
 
 def optimizer_state(
     module: nn.Module, optimizer: torch.optim.Optimizer
 ) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
-    """An optimizer's whole state: its tensors by name, and the rest. Every process has to ask."""
-    flat: dict[str, Any] = get_optimizer_state_dict(module, optimizer, options=_WHOLE_FLAT)
-    tensors = {name: value.contiguous() for name, value in flat.items() if isinstance(value, torch.Tensor)}
-    return tensors, {name: value for name, value in flat.items() if name not in tensors}
+    """An optimizer's whole state: its tensors, `WEIGHT/NAME`, and its groups' settings. Every process has to ask."""
+    whole: dict[str, Any] = get_optimizer_state_dict(module, optimizer, options=_WHOLE)
+    tensors = {
+        f"{weight}/{name}": torch.as_tensor(value).contiguous()
+        for weight, values in whole.get("state", {}).items()  # only the first process gets it
+        for name, value in values.items()
+    }
+    return tensors, {"param_groups": whole.get("param_groups", [])}
 
 
 def load_optimizer_state(
-    module: nn.Module,
-    optimizer: torch.optim.Optimizer,
-    tensors: dict[str, torch.Tensor],
-    rest: dict[str, Any],
+    module: nn.Module, optimizer: torch.optim.Optimizer, tensors: dict[str, torch.Tensor], settings: dict[str, Any]
 ) -> None:
-    flat: dict[str, Any] = {**tensors, **rest}
-    set_optimizer_state_dict(module, optimizer, flat, options=_WHOLE_FLAT)
+    """Gives an optimizer back what `optimizer_state` took."""
+    state: dict[str, dict[str, torch.Tensor]] = {}
+    for key, tensor in tensors.items():
+        weight, name = key.rsplit("/", 1)
+        state.setdefault(weight, {})[name] = tensor
+    whole: dict[str, Any] = {"state": state, "param_groups": settings["param_groups"]}
+    set_optimizer_state_dict(module, optimizer, whole, options=_WHOLE)
 
 
 def save_tensors(checkpoint: Path, name: str, tensors: dict[str, torch.Tensor]) -> None:

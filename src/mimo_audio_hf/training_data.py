@@ -21,6 +21,7 @@ import torch
 from torch.utils.data import DataLoader
 from torch.utils.data import Dataset as TorchDataset
 
+from .audio import AUDIO_SUFFIXES
 from .configuration_mimo_audio_tokenizer import MiMoAudioTokenizerConfig
 from .dataset import to_waveform
 from .feature_extraction_mimo_audio_tokenizer import MiMoAudioTokenizerFeatureExtractor
@@ -43,9 +44,9 @@ def open_dataset(source: str, split: str) -> datasets.Dataset:
     """A dataset by name.
 
     Args:
-        source: a directory that `save_to_disk` wrote; a folder of audio files (`datasets`' audiofolder, so a
-            `metadata.csv` or `metadata.jsonl` in it may add a text column); a .jsonl, .json, .csv or .parquet file
-            with a column of paths; or a Hub id.
+        source: a directory that `save_to_disk` wrote; a folder of audio files, in which a `metadata.csv` or
+            `metadata.jsonl` may name them (`file_name`) and add columns, as for `datasets`' audiofolder; a .jsonl,
+            .json, .csv or .parquet file with a column of paths; or a Hub id.
         split: which part of it, where it has parts.
 
     Raises:
@@ -56,7 +57,7 @@ def open_dataset(source: str, split: str) -> datasets.Dataset:
         if (path / "state.json").is_file() or (path / "dataset_dict.json").is_file():
             loaded = datasets.load_from_disk(source)
         elif path.is_dir():
-            loaded = datasets.load_dataset("audiofolder", data_dir=source)
+            loaded = _open_folder(path)
         elif path.is_file() and path.suffix.lower() in _LOADERS:
             loaded = datasets.load_dataset(_LOADERS[path.suffix.lower()], data_files=source)
         elif path.exists() or source.count("/") != 1:
@@ -72,6 +73,22 @@ def open_dataset(source: str, split: str) -> datasets.Dataset:
     if split not in loaded and len(loaded) > 1:
         raise ValueError(f"data {source} has no split {split!r}; accepted: {', '.join(loaded)}")
     return loaded[split] if split in loaded else next(iter(loaded.values()))
+
+
+def _open_folder(folder: Path) -> datasets.Dataset:
+    """`datasets`' own audiofolder decodes every file, for which it needs torchcodec."""
+    for name in ("metadata.jsonl", "metadata.csv"):
+        if (folder / name).is_file():
+            kind = _LOADERS[Path(name).suffix]
+            (table,) = datasets.load_dataset(kind, data_files=str(folder / name)).values()
+            if "file_name" not in table.column_names:
+                raise ValueError(f"{name} has no column 'file_name'; accepted: one with the files' names")
+            paths = [str(folder / file) for file in table["file_name"]]
+            return table.remove_columns("file_name").add_column("audio", paths)
+    files = sorted(path for path in folder.rglob("*") if path.suffix.lower() in AUDIO_SUFFIXES and path.is_file())
+    if not files:
+        raise ValueError(f"no audio files; accepted in a folder: {', '.join(AUDIO_SUFFIXES)}")
+    return datasets.Dataset.from_dict({"audio": [str(path) for path in files]})
 
 
 @dataclass(frozen=True)
