@@ -154,7 +154,7 @@ def assert_same_weights(one: Path, other: Path, **tolerance) -> None:
         assert found.keys() == expected.keys()
         for name, tensor in found.items():
             torch.testing.assert_close(
-                tensor, expected[name], msg=lambda text, name=name: f"{file} {name}: {text}", **tolerance
+                tensor, expected[name], msg=lambda text, place=f"{file} {name}": f"{place}: {text}", **tolerance
             )
 
 
@@ -225,11 +225,11 @@ def test_the_losses_weigh_as_the_report_says(stage1, clips, tmp_path):
     reader = trainer._reader(trainer.train_clips, crop=True)
     (batch,) = reader.loader(plan_epoch([RATE // 2] * 20, RATE * 20, 1, 0, 0), 0)
     assert len(batch.lengths) == 20
-    trainer._backward(batch, 4, 1.0)
-    decoder, discriminator = trainer.tokenizer.decoder, trainer.discriminator
+    trainer.trained.backward(batch, 4, 1.0)
+    decoder, discriminator = trainer.tokenizer.decoder, trainer.trained.discriminator
     actual = {name: parameter.grad.clone() for name, parameter in decoder.named_parameters()}
     judged = {name: parameter.grad.clone() for name, parameter in discriminator.named_parameters()}
-    trainer.generator.zero_grad()
+    trainer.trained.generator.zero_grad()
     discriminator.zero_grad()
 
     offset, decoded, segments, real = 0, [], [], []
@@ -244,11 +244,12 @@ def test_the_losses_weigh_as_the_report_says(stage1, clips, tmp_path):
         segments.append(waveform[window])
         real.append(recording[window])
         offset += length
-    frames = {hop: [1 + length // hop for length in batch.lengths] for hop in trainer.mel_loss.hops}
+    mel_loss = trainer.trained.mel_loss
+    frames = {hop: [1 + length // hop for length in batch.lengths] for hop in mel_loss.hops}
     reconstruction = 0
-    for hop, bins in zip(trainer.mel_loss.hops, trainer.mel_loss.bins, strict=True):
+    for hop, bins in zip(mel_loss.hops, mel_loss.bins, strict=True):
         for (recording, waveform), count in zip(decoded, frames[hop], strict=True):
-            mels = [trainer.mel_loss._mel(signal[None], [len(signal)], bins, hop) for signal in (recording, waveform)]
+            mels = [mel_loss._mel(signal[None], [len(signal)], bins, hop) for signal in (recording, waveform)]
             reconstruction = reconstruction + (mels[0] - mels[1]).abs().mean() * count / sum(frames[hop])
     # In evaluation mode the power iteration stands still where the step left it.
     discriminator.eval()
@@ -275,8 +276,8 @@ def test_the_losses_weigh_as_the_report_says(stage1, clips, tmp_path):
 
 def test_discriminators_have_no_weight_decay(stage1, clips, tmp_path):
     trainer = Trainer(TrainingConfig(**options(stage1 / "checkpoint-200", tmp_path, weight_decay=0.1)), clips)
-    assert {group["weight_decay"] for group in trainer.discriminator_optimizer.param_groups} == {0.0}
-    decays = {group["weight_decay"] for group in trainer.optimizer.param_groups}
+    assert {group["weight_decay"] for group in trainer.trained.discriminator_optimizer.param_groups} == {0.0}
+    decays = {group["weight_decay"] for group in trainer.trained.optimizer.param_groups}
     assert decays == {0.0, 0.1}
 
 
@@ -293,8 +294,8 @@ def test_gradient_accumulation_is_a_larger_batch(stage1, tmp_path, waveform):
 def test_quantizer_dropout_is_of_the_step_alone(stage1, clips, tmp_path):
     config = TrainingConfig(**options(stage1 / "checkpoint-200", tmp_path, quantizer_dropout=0.5))
     trainer = Trainer(config, clips)
-    drawn = [trainer._num_quantizers(step) for step in range(400)]
-    assert drawn == [trainer._num_quantizers(step) for step in range(400)]
+    drawn = [trainer.trained.num_quantizers(step) for step in range(400)]
+    assert drawn == [trainer.trained.num_quantizers(step) for step in range(400)]
     counts = np.bincount(drawn, minlength=5)[1:]
     assert (counts[:3] > 25).all() and 220 < counts[3] < 280  # 400 * (1/2 + 1/8), and 50 of each other
 
@@ -538,15 +539,15 @@ def test_a_loss_that_is_not_finite_names_the_clips(stage1, clips, tmp_path, monk
         TrainingConfig(**options(stage1 / "checkpoint-200", tmp_path, key_column="name", max_steps=6, save_steps=2)),
         clips.select(range(4)),
     )
-    step = trainer.train_step
+    train = trainer.trained.train
 
-    def broken(batches):
-        if trainer.step == 4:
+    def broken(batches, step):
+        if step == 4:
             with torch.no_grad():
-                next(trainer.generator.parameters()).fill_(float("nan"))
-        return step(batches)
+                next(trainer.trained.generator.parameters()).fill_(float("nan"))
+        return train(batches, step)
 
-    monkeypatch.setattr(trainer, "train_step", broken)
+    monkeypatch.setattr(trainer.trained, "train", broken)
     with pytest.raises(NonFiniteLossError, match=r"step 5: reconstruction_loss is not finite, .*clip3") as caught:
         trainer.train()
     assert sorted(caught.value.keys) == ["clip0", "clip1", "clip2", "clip3"]

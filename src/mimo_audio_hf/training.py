@@ -12,19 +12,15 @@ every `logging_steps`, before every checkpoint and at the end.
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
-import hashlib
 import importlib
 import itertools
 import json
 import logging
 import math
-import os
 import platform
-import random
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, cast
 
@@ -32,10 +28,6 @@ import accelerate
 import datasets
 import torch
 import transformers
-from accelerate import Accelerator
-from accelerate.utils import AutocastKwargs, DistributedType
-from torch import nn
-from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
 from . import training_checkpoint
@@ -44,17 +36,12 @@ from .audio_to_text import AudioToTextLoss, load_language_model
 from .checkpoints import load_model
 from .discriminators import AudioDiscriminator
 from .files import replacing
-from .losses import MultiScaleMelLoss, adversarial_loss, discriminator_loss, feature_matching_loss
-from .modeling_mimo_audio_tokenizer import (
-    AttentionBackend,
-    MiMoAudioTokenizerDecoder,
-    MiMoAudioTokenizerDecoderLayout,
-    MiMoAudioTokenizerModel,
-)
+from .losses import MultiScaleMelLoss
 from .pictures import mel_picture, write_png
 from .training_checkpoint import TRAINING_NAME
 from .training_config import RECONSTRUCTION, TrainingConfig
-from .training_data import Batch, BatchReader, Clips, Collator, open_dataset, plan_epoch, plan_run
+from .training_data import BatchReader, Clips, Collator, open_dataset, plan_epoch, plan_run
+from .training_step import TrainingStep, derived_seed, make_accelerator
 from .version import __version__
 
 
@@ -81,60 +68,6 @@ class NonFiniteLossError(ValueError):
         super().__init__(
             f"step {step}: {name} is not finite, with the clips {', '.join(keys)}; the last checkpoint is from before"
         )
-
-
-class BFloat16Compute(nn.Module):
-    """Runs a module as if its parameters were bfloat16, while they are float32 for the optimizer.
-
-    Autocast would keep the residual stream in float32 and round RoPE's frequencies otherwise than a bfloat16 model
-    does: here a decoder is trained in the arithmetic that it will run in. Buffers stay as they are.
-    """
-
-    def __init__(self, module: nn.Module) -> None:
-        super().__init__()
-        self.module = module
-
-    def forward(self, *args: Any) -> Any:
-        rounded = {name: parameter.bfloat16() for name, parameter in self.module.named_parameters()}
-        return torch.func.functional_call(self.module, rounded, args)
-
-
-class DecoderTraining(nn.Module):
-    """What stage 2 trains: quantized features to samples."""
-
-    def __init__(self, decoder: MiMoAudioTokenizerDecoder) -> None:
-        super().__init__()
-        self.decoder = decoder
-
-    def forward(
-        self, features: torch.Tensor, layout: MiMoAudioTokenizerDecoderLayout, backend: AttentionBackend
-    ) -> torch.Tensor:
-        """Packed features (total_codes, d_model) to packed samples (total_samples,)."""
-        return self.decoder(features, layout, backend).flatten()
-
-
-class TokenizerTraining(nn.Module):
-    """What stage 1 trains: the tokenizer, and the language model that reads its features."""
-
-    def __init__(self, tokenizer: MiMoAudioTokenizerModel, audio_to_text: AudioToTextLoss | None) -> None:
-        super().__init__()
-        self.tokenizer = tokenizer
-        self.audio_to_text = audio_to_text
-
-    def forward(
-        self, batch: Batch, num_quantizers: int, backend: AttentionBackend
-    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor | None]:
-        """Packed samples (total_samples,), codes (total_codes, num_quantizers), the commitment loss, and the sum of
-        the text tokens' losses."""
-        encoder, decoder = self.tokenizer.encoder, cast(MiMoAudioTokenizerDecoder, self.tokenizer.decoder)
-        dtype = encoder.conv1.weight.dtype
-        features = encoder(batch.features.to(dtype), batch.encoder_layout, backend)
-        quantized, codes, commitment = encoder.quantizer(features, num_quantizers, dtype)
-        samples = decoder(quantized.to(dtype), batch.decoder_layout, backend).flatten()
-        text = None
-        if self.audio_to_text is not None and batch.text_ids is not None:
-            text = self.audio_to_text(quantized, batch.code_lengths, batch.text_ids, batch.text_lengths)
-        return samples, codes, commitment, text
 
 
 class Trainer:
@@ -170,29 +103,10 @@ class Trainer:
             )
         if newest is None and config.resume:
             raise ValueError(f"{self.directory} holds no checkpoint to resume from; accepted: resume=False")
-        try:
-            self.accelerator = Accelerator(
-                # Without a GPU it has to be told, or it does not see the other processes.
-                cpu="RANK" in os.environ and not torch.cuda.is_available(),
-                mixed_precision=config.mixed_precision,
-                log_with=list(config.report_to) or None,
-                project_dir=str(self.directory),
-                # What runs in bfloat16 is said here, not by autocast around everything.
-                kwargs_handlers=[AutocastKwargs(enabled=False)],
-            )
-        except ValueError as error:
-            raise ValueError(
-                f"report_to={config.report_to}, mixed_precision={config.mixed_precision}: {error}"
-            ) from error
-        if self.accelerator.mixed_precision not in ("no", "bf16"):
-            raise ValueError(f"mixed precision {self.accelerator.mixed_precision}; accepted: no or bf16")
-        self.half = self.accelerator.mixed_precision == "bf16"
-        if self.half and self.accelerator.device.type == "mps":
-            raise ValueError("mixed_precision='bf16' on MPS; accepted: no")
+        self.accelerator = make_accelerator(config)
         self.device = self.accelerator.device
-
         # The same in every process: fresh discriminators and language models have to be.
-        torch.manual_seed(_derived_seed(config.seed, "fresh modules"))
+        torch.manual_seed(derived_seed(config.seed, "fresh modules"))
         self.tokenizer = load_model(
             config.model if newest is None else newest,
             device="cpu",
@@ -201,12 +115,9 @@ class Trainer:
         )
         if self.tokenizer.decoder is None:
             raise ValueError(f"model {config.model} holds an encoder only; accepted: a model with a decoder")
-        rate = self.tokenizer.config.sampling_rate
-        self.mel_loss = MultiScaleMelLoss(rate, log=config.log_mel_loss, log_floor=config.log_mel_floor)
         self._make_text_model(newest)
         self._open_data(train_dataset, validation_dataset)
-        self._make_discriminator()
-        self._make_generator()
+        self.trained = TrainingStep(config, self.accelerator, self.tokenizer, self.audio_to_text)
         self.step = 0
         self.best: float | None = None
         if newest is not None:
@@ -240,7 +151,7 @@ class Trainer:
         config, model_config = self.config, self.tokenizer.config
         rate = model_config.sampling_rate
         discriminated = round(config.discriminator_seconds * rate)
-        min_samples = max(round(config.min_seconds * rate), self.mel_loss.min_samples)
+        min_samples = max(round(config.min_seconds * rate), MultiScaleMelLoss(rate).min_samples)
         if config.uses_discriminators:
             shortest = AudioDiscriminator(config.discriminator_width).min_samples
             if discriminated < shortest or min_samples < shortest:
@@ -293,199 +204,6 @@ class Trainer:
             tokenize=self.tokenize if crop else None,
         )
 
-    def _make_generator(self) -> None:
-        """What is trained, its optimizer and its schedule; in stage 2, the encoder as it runs beside it."""
-        config = self.config
-        tokenizer = self.tokenizer
-        self.frozen: dict[str, torch.Tensor] = {}
-        if config.stage == 1:
-            trained: nn.Module = TokenizerTraining(tokenizer.train(), self.audio_to_text)
-        else:
-            tokenizer.requires_grad_(False).eval()
-            decoder = cast(MiMoAudioTokenizerDecoder, tokenizer.decoder)
-            trained = DecoderTraining(decoder.requires_grad_(True))
-            # Kept aside, for in bfloat16 the encoder is rounded and the checkpoint must have what was there.
-            self.frozen = {
-                f"encoder.{name}": tensor.clone() if self.half else tensor
-                for name, tensor in tokenizer.encoder.state_dict().items()
-            }
-            tokenizer.encoder.to(self.device, torch.bfloat16 if self.half else torch.float32)
-        # FSDP computes in bfloat16 itself.
-        if self.half and self.accelerator.distributed_type != DistributedType.FSDP:
-            trained = BFloat16Compute(trained)
-        trained._no_split_modules = ["MiMoAudioTokenizerLayer"]  # type: ignore[assignment] # (for FSDP's wrapping)
-        optimizer = self._adamw(trained, config.learning_rate, config.weight_decay)
-        self.generator, self.optimizer = self.accelerator.prepare(trained, optimizer)
-        self.scheduler = self._schedule(optimizer)
-        self.dtype = torch.bfloat16 if self.half else torch.float32
-        # In stage 1 the weights are float32 and what runs is not: autocast is how the model is told.
-        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.half):
-            self.backend = tokenizer._attention_backend(self.device)
-
-    def _make_discriminator(self) -> None:
-        config = self.config
-        self.discriminator: nn.Module | None = None
-        if config.uses_discriminators:
-            discriminator: nn.Module = AudioDiscriminator(config.discriminator_width).to(self.device)
-            self.discriminator_optimizer = self._adamw(discriminator, config.discriminator_learning_rate, 0.0)
-            self.discriminator_scheduler = self._schedule(self.discriminator_optimizer)
-            if self.accelerator.num_processes > 1:
-                # Small beside the decoder: never sharded, also where FSDP shards that. Spectral norm's vectors follow
-                # from the weights, so they are alike without being sent around.
-                discriminator = DistributedDataParallel(
-                    discriminator,
-                    device_ids=[self.device] if self.device.type == "cuda" else None,
-                    broadcast_buffers=False,
-                )
-            self.discriminator = discriminator
-
-    def _adamw(self, module: nn.Module, learning_rate: float, weight_decay: float) -> torch.optim.AdamW:
-        """Weight decay is for matrices only, as usual."""
-        decayed: list[nn.Parameter] = []
-        others: list[nn.Parameter] = []
-        for parameter in module.parameters():
-            if parameter.requires_grad:
-                (decayed if parameter.ndim > 1 else others).append(parameter)
-        return torch.optim.AdamW(
-            [{"params": decayed, "weight_decay": weight_decay}, {"params": others, "weight_decay": 0.0}],
-            lr=learning_rate,
-            betas=(self.config.adam_beta1, self.config.adam_beta2),
-            fused=self.device.type == "cuda",
-        )
-
-    def _schedule(self, optimizer: torch.optim.Optimizer) -> torch.optim.lr_scheduler.LRScheduler:
-        try:
-            return transformers.get_scheduler(
-                self.config.lr_scheduler_type, optimizer, self.config.warmup_steps, self.config.max_steps
-            )
-        except ValueError as error:
-            raise ValueError(f"lr_scheduler_type={self.config.lr_scheduler_type!r}: {error}") from error
-
-    # --- A step ---
-
-    def _seed_step(self, step: int) -> None:
-        """torch's generators, for what is random within a step: dead entries' revival, a language model's dropout."""
-        torch.manual_seed(_derived_seed(self.config.seed, step, self.accelerator.process_index))
-
-    def _num_quantizers(self, step: int) -> int:
-        """How many codebooks a step uses, the same on every process."""
-        generator = random.Random(f"quantizers {self.config.seed} {step}")
-        whole = self.tokenizer.config.num_quantizers
-        return generator.randint(1, whole) if generator.random() < self.config.quantizer_dropout else whole
-
-    def train_step(self, batches: Sequence[Batch]) -> dict[str, torch.Tensor]:
-        """One step of the optimizers on `gradient_accumulation_steps` batches.
-
-        Returns:
-            This process's shares of the losses, which add up over the processes, and the gradients' norms: tensors on
-            the device, not waited for.
-        """
-        config = self.config
-        self._seed_step(self.step)
-        num_quantizers = self._num_quantizers(self.step)
-        totals: dict[str, torch.Tensor] = {}
-        for number, batch in enumerate(batches, start=1):
-            with contextlib.ExitStack() as stack:
-                if number < len(batches):
-                    stack.enter_context(self.accelerator.no_sync(self.generator))
-                    if isinstance(self.discriminator, DistributedDataParallel):
-                        stack.enter_context(self.discriminator.no_sync())
-                losses = self._backward(batch, num_quantizers, 1 / len(batches))
-            for name, loss in losses.items():
-                totals[name] = totals.get(name, 0) + loss.detach() / len(batches)
-        # The norm is the same on every process; their sum is to be it.
-        processes = self.accelerator.num_processes
-        norm = self.accelerator.clip_grad_norm_(self.generator.parameters(), config.max_grad_norm)
-        totals["gradient_norm"] = _local(norm) / processes
-        self.optimizer.step()
-        self.optimizer.zero_grad()
-        self.scheduler.step()
-        if self.discriminator is not None:
-            norm = nn.utils.clip_grad_norm_(self.discriminator.parameters(), config.max_grad_norm)
-            totals["discriminator_gradient_norm"] = norm / processes
-            self.discriminator_optimizer.step()
-            self.discriminator_optimizer.zero_grad()
-            self.discriminator_scheduler.step()
-        self.step += 1
-        return totals
-
-    def reconstruct(
-        self, batch: Batch, num_quantizers: int | None = None
-    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
-        """Packed samples and codes of a batch and, in stage 1, commitment loss and the sum of the text's losses."""
-        count = self.tokenizer.check_num_quantizers(num_quantizers)
-        if self.config.stage == 1:
-            return self.generator(batch, count, self.backend)
-        with torch.no_grad():
-            codes = self.tokenizer.encode(
-                batch.features, num_quantizers=count, layout=batch.encoder_layout
-            ).audio_codes
-            features = self.tokenizer.encoder.quantizer.decode(codes, self.dtype).to(self.dtype)
-        return self.generator(features, batch.decoder_layout, self.backend), codes, None, None
-
-    def _backward(self, batch: Batch, num_quantizers: int, weight: float) -> dict[str, torch.Tensor]:
-        """Adds the gradients of a batch, and returns this process's shares of its losses."""
-        config = self.config
-        samples, _, commitment, text = self.reconstruct(batch, num_quantizers)
-        predicted, target = samples[batch.decoded_index], batch.waveforms[batch.waveform_index]
-        losses = {RECONSTRUCTION: self.mel_loss(predicted, target, batch.lengths, batch.batch_lengths)}
-        loss = config.reconstruction_weight * losses[RECONSTRUCTION]
-        if commitment is not None:
-            share = sum(batch.code_lengths) / self._batch_codes(batch)
-            losses["commitment_loss"] = share * commitment
-            loss = loss + config.commitment_weight * losses["commitment_loss"]
-        if text is not None:
-            tokens = torch.tensor(float(sum(batch.text_lengths))).to(self.device, non_blocking=True)
-            losses["audio_to_text_loss"] = text / self.accelerator.reduce(tokens, "sum")
-            loss = loss + config.audio_to_text_weight * losses["audio_to_text_loss"]
-        if self.discriminator is not None:
-            loss = loss + self._adversarial(batch, predicted, target, losses, weight)
-        # Wrappers average gradients over processes, and shares are to be added; accelerate divides by the batches of
-        # a step only where it counts them itself.
-        self.accelerator.backward(loss * (weight * self.accelerator.num_processes))
-        return losses
-
-    def _adversarial(
-        self,
-        batch: Batch,
-        predicted: torch.Tensor,
-        target: torch.Tensor,
-        losses: dict[str, torch.Tensor],
-        weight: float,
-    ) -> torch.Tensor:
-        """Adds the discriminators' gradients and losses; returns what has the decoder's adversarial gradient.
-
-        Both sides are judged by the discriminators as the step found them, so these run once: the decoder's gradient
-        is taken at the samples first, without touching the discriminators' weights, and the hinge loss then goes
-        through the same graph.
-        """
-        config, discriminator = self.config, cast(nn.Module, self.discriminator)
-        share = len(batch.lengths) / len(batch.batch_lengths)
-        rows = batch.segments[:, None] + torch.arange(batch.segment_samples, device=self.device)
-        real, fake = target.gather(1, rows), predicted.gather(1, rows)
-        leaf = fake.detach().requires_grad_()
-        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.half):
-            layers = discriminator(torch.cat([real, leaf]))
-        clips = len(batch.lengths)
-        real_layers = [[layer[:clips] for layer in each] for each in layers]
-        fake_layers = [[layer[clips:] for layer in each] for each in layers]
-        losses["adversarial_loss"] = share * adversarial_loss(fake_layers)
-        losses["feature_matching_loss"] = share * feature_matching_loss(real_layers, fake_layers)
-        generator_loss = (
-            config.adversarial_weight * losses["adversarial_loss"]
-            + config.feature_matching_weight * losses["feature_matching_loss"]
-        )
-        (gradient,) = torch.autograd.grad(generator_loss, leaf, retain_graph=True)
-        losses["discriminator_loss"] = share * discriminator_loss(real_layers, fake_layers)
-        scaled = losses["discriminator_loss"] * (weight * self.accelerator.num_processes)
-        scaled.backward(inputs=list(discriminator.parameters()))
-        return (fake * gradient).sum()
-
-    def _batch_codes(self, batch: Batch) -> int:
-        """Code frames of the whole batch, on all processes."""
-        hop = self.tokenizer.config.hop_length
-        return sum(self.tokenizer.encoder.code_lengths([1 + length // hop for length in batch.batch_lengths]))
-
     # --- The run ---
 
     def train(self) -> dict[str, float]:
@@ -529,7 +247,8 @@ class Trainer:
                 batches = [
                     batch.to(self.device) for batch in itertools.islice(loader, config.gradient_accumulation_steps)
                 ]
-                losses = self.train_step(batches)
+                losses = self.trained.train(batches, self.step)
+                self.step += 1
                 pending.append((self.step, [key for batch in batches for key in batch.batch_keys], losses))
                 seconds += sum(sum(batch.batch_lengths) for batch in batches) / rate
                 bar.update()
@@ -539,7 +258,10 @@ class Trainer:
                 if saves or validates or self.step % config.logging_steps == 0:
                     means = self._look_at(pending)
                     elapsed = time.perf_counter() - started
-                    means |= {"audio_seconds_per_second": seconds / elapsed, "learning_rate": self._learning_rate()}
+                    means |= {
+                        "audio_seconds_per_second": seconds / elapsed,
+                        "learning_rate": float(self.trained.scheduler.get_last_lr()[0]),
+                    }
                     pending, started, seconds = [], time.perf_counter(), 0.0
                     bar.set_postfix_str(
                         f"{means[RECONSTRUCTION]:.4g} mel, {means['audio_seconds_per_second']:.0f} s of audio/s"
@@ -559,9 +281,6 @@ class Trainer:
         if config.report_to:
             accelerator.end_training()
         return metrics
-
-    def _learning_rate(self) -> float:
-        return float(self.scheduler.get_last_lr()[0])
 
     def _look_at(self, pending: list[tuple[int, list[str], dict[str, torch.Tensor]]]) -> dict[str, float]:
         """Mean losses since the last look, over all processes: the one time that the GPU is waited for.
@@ -604,10 +323,10 @@ class Trainer:
         used = [torch.zeros(size, dtype=torch.long, device=self.device) for size in sizes]
         names = [RECONSTRUCTION, *self.metrics]
         sums = torch.zeros(len(names), 2, dtype=torch.float64)
-        self.generator.eval()
+        self.trained.generator.eval()
         for batch in reader.loader(plan, self.config.dataloader_num_workers):
             batch = batch.to(self.device)
-            samples, codes, _, _ = self.reconstruct(batch)
+            samples, codes, _, _ = self.trained.reconstruct(batch)
             if not batch.counted:
                 continue
             for book, column in enumerate(codes.t()):
@@ -616,14 +335,14 @@ class Trainer:
             for clip, key, length, reference, waveform in zip(
                 batch.clips, batch.keys, batch.lengths, targets, decoded, strict=True
             ):
-                loss = self.mel_loss(waveform[None, :length], reference[None, :length])
+                loss = self.trained.mel_loss(waveform[None, :length], reference[None, :length])
                 reference, waveform = reference[:length].cpu(), waveform[:length].cpu()
                 for row, value in enumerate([float(loss), *self._measured(key, reference, waveform)]):
                     if math.isfinite(value):
                         sums[row] += torch.tensor([value, 1.0], dtype=torch.float64)
                 if clip < self.config.validation_samples:
                     self._write_sample(clip, key, reference, waveform)
-        self.generator.train()
+        self.trained.generator.train()
         sums, counts = (
             self.accelerator.reduce(tensor.to(self.device), "sum") for tensor in (sums.float(), torch.cat(used))
         )
@@ -674,35 +393,20 @@ class Trainer:
 
         Old checkpoints beyond `save_total_limit` are removed when the new one is complete.
         """
-        accelerator = self.accelerator
-        tensors = training_checkpoint.model_tensors(self.generator)
-        if any(name.startswith("module.") for name in tensors):  # BFloat16Compute's
-            tensors = {name.removeprefix("module."): tensor for name, tensor in tensors.items()}
-        states: dict[str, dict[str, torch.Tensor]] = {}
-        state: dict[str, Any] = {"step": self.step, "best": self.best, "scheduler": self.scheduler.state_dict()}
-        if to_resume:
-            optimizer = self.optimizer.optimizer
-            states["optimizer"], state["optimizer"] = training_checkpoint.optimizer_state(self.generator, optimizer)
-            if self.discriminator is not None:
-                states["discriminator"] = training_checkpoint.model_tensors(self.discriminator)
-                states["discriminator_optimizer"], state["discriminator_optimizer"] = (
-                    training_checkpoint.optimizer_state(self.discriminator, self.discriminator_optimizer)
-                )
-                state["discriminator_scheduler"] = self.discriminator_scheduler.state_dict()
-            if self.audio_to_text is not None:
-                states["audio_to_text"] = _under("audio_to_text.", tensors)
-        if self.config.stage == 1:
-            model = _under("tokenizer.", tensors)
-        else:
-            model = {name: tensor.cpu() for name, tensor in self.frozen.items()} | tensors
+        accelerator, trained = self.accelerator, self.trained
+        model, text_model = trained.model_tensors()
+        tensors, settings = trained.state() if to_resume else ({}, {})
+        if text_model:
+            tensors["audio_to_text"] = text_model
         if accelerator.is_main_process:
             with training_checkpoint.replacing_directory(target) as temporary:
                 self.tokenizer.save_pretrained(temporary, state_dict=model)
                 self.collator.extractor.save_pretrained(temporary)
                 training_checkpoint.write_json(temporary / TRAINING_NAME, self._document(metrics))
                 if to_resume:
-                    for name, contents in states.items():
+                    for name, contents in tensors.items():
                         training_checkpoint.save_tensors(temporary, name, contents)
+                    state = {"step": self.step, "best": self.best} | settings
                     training_checkpoint.write_json(temporary / training_checkpoint.STATE_NAME, state)
             training_checkpoint.remove_old(self.directory, self.config.save_total_limit)
         accelerator.wait_for_everyone()
@@ -719,26 +423,7 @@ class Trainer:
         if found["data"]["train"]["fingerprint"] != ours["data"]["train"]["fingerprint"]:
             raise ValueError(f"the training data are not those of {checkpoint}; accepted with resume=True: the same")
         state = training_checkpoint.read_json(checkpoint / training_checkpoint.STATE_NAME)
-
-        training_checkpoint.load_optimizer_state(
-            self.generator,
-            self.optimizer.optimizer,
-            training_checkpoint.load_tensors(checkpoint, "optimizer"),
-            state["optimizer"],
-        )
-        self.scheduler.load_state_dict(state["scheduler"])
-        if self.discriminator is not None:
-            inner = self.discriminator
-            if isinstance(inner, DistributedDataParallel):
-                inner = inner.module
-            inner.load_state_dict(training_checkpoint.load_tensors(checkpoint, "discriminator"))
-            training_checkpoint.load_optimizer_state(
-                self.discriminator,
-                self.discriminator_optimizer,
-                training_checkpoint.load_tensors(checkpoint, "discriminator_optimizer"),
-                state["discriminator_optimizer"],
-            )
-            self.discriminator_scheduler.load_state_dict(state["discriminator_scheduler"])
+        self.trained.load_state(lambda name: training_checkpoint.load_tensors(checkpoint, name), state)
         self.step, self.best = state["step"], state["best"]
 
     def _document(self, metrics: dict[str, float]) -> dict[str, Any]:
@@ -792,19 +477,6 @@ def find_metric(name: str) -> Metric:
     if name not in known:
         raise ValueError(f"metrics={name!r}; accepted: {', '.join(known)}")
     return known[name]
-
-
-def _derived_seed(*parts: object) -> int:
-    return int.from_bytes(hashlib.sha256(repr(parts).encode()).digest()[:8], "little") >> 1
-
-
-def _under(prefix: str, tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    return {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
-
-
-def _local(tensor: Any) -> torch.Tensor:
-    """FSDP's norms are distributed tensors."""
-    return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
 
 
 def _is_scalar(value: Any) -> bool:

@@ -1,0 +1,147 @@
+# Copyright 2026 The mimo-audio-hf authors. Licensed under the Apache License, Version 2.0.
+"""The packed batches of a training run, made of waveforms."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from .configuration_mimo_audio_tokenizer import MiMoAudioTokenizerConfig
+from .feature_extraction_mimo_audio_tokenizer import MiMoAudioTokenizerFeatureExtractor
+from .modeling_mimo_audio_tokenizer import (
+    MiMoAudioTokenizerDecoderLayout,
+    MiMoAudioTokenizerEncoderLayout,
+    MiMoAudioTokenizerModel,
+)
+
+
+@dataclass(frozen=True)
+class Batch:
+    """One process's share of a batch: its clips packed end to end, with everything about lengths made beforehand.
+
+    Attributes:
+        waveforms: (samples,) float32.
+        features: their log-mels, (frames, n_mels).
+        encoder_layout, decoder_layout: the model's, for these clips.
+        waveform_index, decoded_index: (clips, longest): where each sample of the padded batch lies in `waveforms` and
+            in what the decoder returns; past a clip's end, some other sample of it.
+        segments: (clips,) first sample of each clip's segment for the discriminators.
+        segment_samples: length of the segments, alike in all processes: no more than the shortest clip.
+        text_ids, text_lengths: tokens of the clips' texts (tokens,), or nothing.
+        keys, lengths, code_lengths: the clips' names, samples and code frames.
+        clips: which clips of the dataset these are.
+        batch_keys, batch_lengths: those of the whole batch, on all processes.
+        counted: whether the clips count; they do not where there was none left for this process in a validation.
+    """
+
+    waveforms: torch.Tensor
+    features: torch.Tensor
+    encoder_layout: MiMoAudioTokenizerEncoderLayout
+    decoder_layout: MiMoAudioTokenizerDecoderLayout
+    waveform_index: torch.Tensor
+    decoded_index: torch.Tensor
+    segments: torch.Tensor
+    segment_samples: int
+    text_ids: torch.Tensor | None
+    text_lengths: list[int]
+    keys: list[str]
+    lengths: list[int]
+    code_lengths: list[int]
+    clips: list[int]
+    batch_keys: list[str]
+    batch_lengths: list[int]
+    counted: bool
+
+    def pin_memory(self) -> Batch:
+        return _map_tensors(self, lambda tensor: tensor.pin_memory())
+
+    def to(self, device: torch.device) -> Batch:
+        return _map_tensors(self, lambda tensor: tensor.to(device, non_blocking=True))
+
+
+def _map_tensors(value: Any, function: Callable[[torch.Tensor], torch.Tensor]) -> Any:
+    if isinstance(value, torch.Tensor):
+        return function(value)
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        parts = {field.name: _map_tensors(getattr(value, field.name), function) for field in dataclasses.fields(value)}
+        return dataclasses.replace(value, **parts)
+    return value
+
+
+class Collator:
+    """Makes batches of waveforms; of the model it knows the configuration only, so that workers can have it.
+
+    Args:
+        config: the model's.
+        max_segment_samples: the discriminators' segments' length, where all clips are long enough.
+    """
+
+    def __init__(self, config: MiMoAudioTokenizerConfig, max_segment_samples: int) -> None:
+        self.max_segment_samples = max_segment_samples
+        self.extractor = MiMoAudioTokenizerFeatureExtractor.from_config(config)
+        self.samples_per_frame = config.samples_per_frame
+        with torch.device("meta"):
+            self.model = MiMoAudioTokenizerModel(config)
+
+    def __call__(
+        self,
+        waveforms: Sequence[torch.Tensor],
+        *,
+        segments: Sequence[float] | None = None,
+        keys: Sequence[str] | None = None,
+        clips: Sequence[int] | None = None,
+        texts: Sequence[list[int]] | None = None,
+        batch_keys: Sequence[str] | None = None,
+        batch_lengths: Sequence[int] | None = None,
+        counted: bool = True,
+    ) -> Batch:
+        """A batch, on the CPU.
+
+        Args:
+            waveforms: mono clips (samples,) float32.
+            segments: where in each clip its segment for the discriminators lies, from 0 to 1; by default at its start.
+            keys, clips: the clips' names and numbers.
+            texts: the clips' tokens.
+            batch_keys, batch_lengths: of the whole batch on all processes, if this is but a share of it.
+            counted: see [`Batch`].
+        """
+        lengths = [len(waveform) for waveform in waveforms]
+        batch_lengths = lengths if batch_lengths is None else list(batch_lengths)
+        keys = [str(number) for number in range(len(lengths))] if keys is None else list(keys)
+        mels = [self.extractor.log_mel_spectrogram(waveform) for waveform in waveforms]
+        mel_lengths = [mel.shape[1] for mel in mels]
+        code_lengths = self.model.encoder.code_lengths(mel_lengths)
+        segment_samples = min(self.max_segment_samples, *batch_lengths)
+        places = [0.0] * len(lengths) if segments is None else segments
+        return Batch(
+            waveforms=torch.cat(list(waveforms)),
+            features=torch.cat([mel.t() for mel in mels]),
+            encoder_layout=self.model.encoder_layout(mel_lengths, "cpu"),
+            decoder_layout=self.model.decoder_layout(code_lengths, "cpu"),
+            waveform_index=_padded_index(lengths, lengths),
+            decoded_index=_padded_index(lengths, [length * self.samples_per_frame for length in code_lengths]),
+            segments=torch.tensor(
+                [int(place * (length - segment_samples + 1)) for place, length in zip(places, lengths, strict=True)]
+            ),
+            segment_samples=segment_samples,
+            text_ids=None if texts is None else torch.tensor([token for text in texts for token in text]),
+            text_lengths=[] if texts is None else [len(text) for text in texts],
+            keys=keys,
+            lengths=lengths,
+            code_lengths=code_lengths,
+            clips=list(range(len(lengths))) if clips is None else list(clips),
+            batch_keys=keys if batch_keys is None else list(batch_keys),
+            batch_lengths=batch_lengths,
+            counted=counted,
+        )
+
+
+def _padded_index(lengths: Sequence[int], strides: Sequence[int]) -> torch.Tensor:
+    """(clips, longest): clip i's samples begin after the strides of those before it."""
+    starts = torch.tensor([0, *strides[:-1]]).cumsum(0)
+    ends = torch.tensor(lengths)[:, None] - 1
+    return starts[:, None] + torch.minimum(torch.arange(max(lengths)), ends)
