@@ -10,9 +10,11 @@ from pathlib import Path
 import pytest
 import soundfile
 import torch
+import yaml
 
 from mimo_audio_hf.checkpoints import RELEASED_MODEL
 from mimo_audio_hf.cli import main
+from mimo_audio_hf.training_config import TrainingConfig
 
 
 ROOT = Path(__file__).parent.parent
@@ -50,18 +52,26 @@ def test_python_examples(workplace, tiny_checkpoint):
 
 
 def test_command_line_examples(workplace, tiny_checkpoint, capsys):
-    (commands,) = blocks("console")
-    for line in commands.splitlines():
+    for line in "".join(blocks("console")).splitlines():
         program, command, *arguments = shlex.split(line.replace(RELEASED_MODEL, str(tiny_checkpoint)))
         assert program == "mimo-audio"
         if command in ("encode", "decode", "roundtrip"):  # for the released model, which is their default
             arguments += ["--model", str(tiny_checkpoint), "--device", "cpu"]
+        if command == "train":  # a little of it
+            arguments += ["--max-steps", "1", "--discriminator-width", "0.1", "--mixed-precision", "no"]
         assert main([command, *arguments]) == 0, capsys.readouterr().err
     frames = soundfile.info("speech.wav").frames
     for name in ("decoded.wav", "eight.wav", "decoded/speech.flac"):
         assert soundfile.info(name).frames == frames
     assert soundfile.info("decoded/other.flac").frames == 30001
     assert Path("my-repository", "modeling_mimo_audio_tokenizer.py").is_file()
+    assert "1 steps of stage 2" in Path("voices-repository", "README.md").read_text()
+
+
+def test_training_options():
+    (options,) = blocks("yaml")
+    config = TrainingConfig.from_values(yaml.safe_load(options))
+    assert config.stage == 1 and config.learning_rate == 2e-4 and config.metrics == ["stoi", "pesq_wb"]
 
 
 def test_first_command(workplace, monkeypatch):

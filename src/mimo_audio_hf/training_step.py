@@ -160,12 +160,9 @@ class TrainingStep:
             self.discriminator_optimizer = self._adamw(discriminator, config.discriminator_learning_rate, 0.0)
             self.discriminator_scheduler = self._schedule(self.discriminator_optimizer)
             if self.accelerator.num_processes > 1:
-                # Small beside the decoder: never sharded, also where FSDP shards that. Spectral norm's vectors follow
-                # from the weights, so they are alike without being sent around.
+                # Small beside the decoder: never sharded, also where FSDP shards that.
                 discriminator = DistributedDataParallel(
-                    discriminator,
-                    device_ids=[self.device] if self.device.type == "cuda" else None,
-                    broadcast_buffers=False,
+                    discriminator, device_ids=[self.device] if self.device.type == "cuda" else None
                 )
             self.discriminator = discriminator
 
