@@ -200,7 +200,8 @@ def test_overfitting_one_clip_is_intelligible(fresh, waveform, tmp_path):
     def intelligibility(reference: torch.Tensor, decoded: torch.Tensor, sampling_rate: int) -> float:
         return stoi(reference.double().numpy(), decoded.double().numpy(), sampling_rate)
 
-    changed = {"crop_seconds": 2.0, "batch_seconds": 2.0, "max_steps": 250, "eval_steps": 250, "learning_rate": 4e-3}
+    changed = {"crop_seconds": 2.0, "batch_seconds": 2.0, "max_steps": 250, "learning_rate": 4e-3}
+    changed |= {"eval_steps": 250, "save_steps": 250}
     config = TrainingConfig(**options(fresh, tmp_path, stage=1, audio_to_text_weight=0.0, **changed))
     assert Trainer(config, clip, clip, metrics={"stoi": intelligibility}).train()["stoi"] > 0.9
 
@@ -220,16 +221,29 @@ def test_stage_2_moves_decoder_and_vocoder_only(stage1, clips, waveform, tmp_pat
     assert all(torch.equal(one, other) for one, other in zip(*codes, strict=True))
 
 
-def test_stage_2_in_bfloat16_leaves_the_encoder_bit_for_bit(stage1, clips, tmp_path):
+def test_stage_2_in_bfloat16(stage1, clips, tmp_path):
+    """The encoder is saved bit for bit, and the decoder's gradient is float32's, but for rounding."""
     start = stage1 / "checkpoint-200"
-    trainer = run(start, tmp_path, clips, mixed_precision="bf16", max_steps=30, logging_steps=1)
-    before, after = (load_file(path / "model.safetensors") for path in (start, tmp_path / "checkpoint-30"))
+    gradients = {}
+    for precision in ("no", "bf16"):
+        AcceleratorState._reset_state(reset_partial_state=True)
+        config = TrainingConfig(**options(start, tmp_path / precision, mixed_precision=precision, max_steps=1))
+        trainer = Trainer(config, clips)
+        reader = trainer._reader(trainer.train_clips, crop=True)
+        (batch,) = reader.loader(plan_epoch([RATE // 2] * 20, RATE * 20, 1, 0, 0), 0)
+        trainer.trained.backward(batch, 4, 1.0)
+        decoder = trainer.tokenizer.decoder
+        gradients[precision] = torch.cat([parameter.grad.flatten() for parameter in decoder.parameters()])
+        trainer.trained.optimizer.zero_grad()
+        trainer.train()
+    assert trainer.tokenizer.encoder.conv1.weight.dtype == torch.bfloat16
+    assert decoder.dconv1.conv.weight.dtype == torch.float32
+    assert not torch.equal(*gradients.values())
+    assert torch.cosine_similarity(*gradients.values(), dim=0) > 0.98
+    before, after = (load_file(path / "model.safetensors") for path in (start, tmp_path / "bf16" / "checkpoint-1"))
     assert all(tensor.dtype == torch.float32 for tensor in after.values())
     for name, tensor in before.items():
         assert name.startswith("decoder.") or torch.equal(tensor, after[name]), name
-    assert trainer.tokenizer.encoder.conv1.weight.dtype == torch.bfloat16
-    losses = logged(tmp_path, "train/reconstruction_loss")
-    assert np.mean(losses[-5:]) < np.mean(losses[:5])
 
 
 def test_the_losses_weigh_as_the_report_says(stage1, clips, tmp_path):
@@ -346,7 +360,7 @@ def test_killed_and_resumed_is_undisturbed(stage, fresh, stage1, folder, tmp_pat
         stage=stage,
         train_data=str(tmp_path / "data"),
         batch_seconds=1.3,  # two clips: a resumed run starts within an epoch
-        max_steps=40,
+        max_steps=16,
         save_steps=2,
         quantizer_dropout=0.5,
         text_model_config=LANGUAGE_MODEL if stage == 1 else None,
@@ -355,17 +369,17 @@ def test_killed_and_resumed_is_undisturbed(stage, fresh, stage1, folder, tmp_pat
     config.write_text(yaml.safe_dump(values))
     kill_when(tmp_path / "killed" / "checkpoint-4", config)
     stopped = max(int(path.name[11:]) for path in (tmp_path / "killed").glob("checkpoint-*"))
-    assert 4 <= stopped < 40
+    assert 4 <= stopped < 16
     # What the first ran into on the way does not matter to the second; how far it goes does.
     assert main(["train", str(config), "--resume"]) == 0
-    assert f"steps {stopped} to 40" in capsys.readouterr().out
+    assert f"steps {stopped} to 16" in capsys.readouterr().out
     assert main(["train", str(config), "--output-dir", str(tmp_path / "undisturbed")]) == 0
     assert_same_weights(
-        tmp_path / "killed" / "checkpoint-40", tmp_path / "undisturbed" / "checkpoint-40", rtol=0, atol=0
+        tmp_path / "killed" / "checkpoint-16", tmp_path / "undisturbed" / "checkpoint-16", rtol=0, atol=0
     )
     assert sorted(path.name for path in (tmp_path / "killed").glob("checkpoint-*")) == [
-        "checkpoint-38",
-        "checkpoint-40",
+        "checkpoint-14",
+        "checkpoint-16",
     ]
     assert not [path for path in (tmp_path / "killed").rglob("*") if path.suffix in (".bin", ".pt", ".pkl", ".pth")]
 
@@ -401,9 +415,13 @@ def test_two_processes_are_one(stage, stage1, folder, tmp_path):
     assert finished.returncode == 0, finished.stderr
     one = ["--output-dir", str(tmp_path / "one"), "--batch-seconds", "2.0"]
     assert main(["train", str(tmp_path / "run.yaml"), *one]) == 0
-    for name in ("reconstruction_loss", "gradient_norm"):
+    names = ["reconstruction_loss", "gradient_norm"]
+    names += ["audio_to_text_loss", "commitment_loss"] if stage == 1 else ["adversarial_loss", "feature_matching_loss"]
+    names += [] if stage == 1 else ["discriminator_loss", "discriminator_gradient_norm"]
+    for name in names:
         found, expected = (logged(tmp_path / run, f"train/{name}") for run in ("two", "one"))
-        np.testing.assert_allclose(found, expected, rtol=1e-4)
+        assert len(found) == 1  # a look every two steps
+        np.testing.assert_allclose(found, expected, rtol=1e-4, err_msg=name)
     found, expected = (logged(tmp_path / run, "validation/reconstruction_loss") for run in ("two", "one"))
     np.testing.assert_allclose(found, expected, rtol=1e-3)
     assert_moved_alike(tmp_path / "model", tmp_path / "two" / "checkpoint-2", tmp_path / "one" / "checkpoint-2")
