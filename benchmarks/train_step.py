@@ -49,6 +49,7 @@ def main() -> None:
     parser.add_argument("--clip-seconds", type=float, default=6.0)
     parser.add_argument("--discriminator-seconds", type=float, default=1.0)
     parser.add_argument("--attn-implementation")
+    parser.add_argument("--torch-compile", action="store_true")
     args = parser.parse_args()
 
     options = TrainingConfig(
@@ -57,6 +58,7 @@ def main() -> None:
         mixed_precision="bf16",
         discriminator_seconds=args.discriminator_seconds,
         attn_implementation=args.attn_implementation,
+        torch_compile=args.torch_compile,
     )
     config = MiMoAudioTokenizerConfig()
     accelerator = make_accelerator(options)
@@ -94,6 +96,7 @@ def main() -> None:
     results = {
         "dtype": "bfloat16, float32 master weights",
         "attn_implementation": args.attn_implementation or "default",
+        "torch_compile": args.torch_compile,
         "processes": accelerator.num_processes,
         "audio_seconds_per_process": args.clips * args.clip_seconds,
         "discriminated_seconds_per_process": args.clips * batch.segment_samples / config.sampling_rate,

@@ -42,6 +42,8 @@ class SpectralNormConv2d(nn.Conv2d):
 def _run_convs(convs: nn.ModuleList, hidden_states: torch.Tensor) -> list[torch.Tensor]:
     """The outputs of the layers, with a leaky ReLU after all but the last."""
     outputs = []
+    # As tensor cores want it: cuDNN would transpose before and after each layer.
+    hidden_states = hidden_states.contiguous(memory_format=torch.channels_last)
     for conv in convs[:-1]:
         hidden_states = F.leaky_relu(conv(hidden_states), 0.1)
         outputs.append(hidden_states)

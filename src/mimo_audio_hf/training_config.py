@@ -76,6 +76,7 @@ class TrainingConfig:
     max_grad_norm: float = _option(1.0, "to which gradients are clipped, tokenizer and discriminators each")
     gradient_accumulation_steps: int = _option(1, "batches in a step")
     mixed_precision: str | None = _option(None, "no or bf16 (default: accelerate's configuration)")
+    torch_compile: bool = _option(False, "compile the transformer layers that are trained")
     seed: int = _option(0, "of everything that is random")
 
     logging_steps: int = _option(10, "steps between two looks at the losses")

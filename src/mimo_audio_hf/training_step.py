@@ -28,6 +28,7 @@ from .modeling_mimo_audio_tokenizer import (
     AttentionBackend,
     MiMoAudioTokenizerDecoder,
     MiMoAudioTokenizerDecoderLayout,
+    MiMoAudioTokenizerLayer,
     MiMoAudioTokenizerModel,
 )
 from .training_batch import Batch
@@ -140,6 +141,10 @@ class TrainingStep:
                 for name, tensor in tokenizer.encoder.state_dict().items()
             }
             tokenizer.encoder.to(self.device, torch.bfloat16 if self.half else torch.float32)
+        if config.torch_compile:
+            for module in trained.modules():
+                if isinstance(module, MiMoAudioTokenizerLayer):
+                    module.compile(dynamic=True)
         # FSDP computes in bfloat16 itself.
         if self.half and self.accelerator.distributed_type != DistributedType.FSDP:
             trained = BFloat16Compute(trained)
