@@ -107,6 +107,21 @@ class MiMoAudioTokenizerFeatureExtractor(SequenceFeatureExtractor):
     def to_dict(self) -> dict[str, Any]:
         return single_auto_classes(super().to_dict())
 
+    def num_frames(self, num_samples: int) -> int:
+        """Mel frames of a clip of `num_samples` samples."""
+        return 1 + max(num_samples, self.nfft if num_samples <= self.nfft // 2 else 0) // self.hop_length
+
+    def samples_of_frames(self, start: int, stop: int, num_samples: int) -> tuple[int, int]:
+        """Which samples of a clip decide its mel frames `start` to `stop`: from the first to before the last.
+
+        The first one is a multiple of `hop_length`: the spectrogram of these samples alone has the frames as well,
+        from its frame `start - first // hop_length` on.
+        """
+        # Half a window to both sides, and a frame more than that: reflection at the clip's end has to have enough.
+        reach = self.nfft // 2
+        first = max(0, start - -(-reach // self.hop_length) - 1) * self.hop_length
+        return first, min(stop * self.hop_length + reach, num_samples)
+
     def log_mel_spectrogram(self, waveform: torch.Tensor) -> torch.Tensor:
         """Log-mel spectrogram of one clip: (samples,) float32 to (n_mels, 1 + samples // hop_length).
 
