@@ -55,6 +55,9 @@ AUDIO_FORMATS = {  # extension: libsndfile's format and subtype
     ".mp3": ("MP3", "MPEG_LAYER_III"),
 }
 
+# Of the files that are looked for in folders.
+AUDIO_SUFFIXES = (*AUDIO_FORMATS, ".aif", ".aiff", ".au", ".caf", ".opus", ".w64")
+
 
 def load_audio(source: AudioSource, sampling_rate: int = 24000) -> torch.Tensor:
     """Read audio as mono samples at a given rate: the channels are averaged, then resampled.
@@ -199,33 +202,58 @@ def save_audio(path: str | os.PathLike[str], waveform: torch.Tensor | np.ndarray
     path = Path(path)
     if path.suffix.lower() not in AUDIO_FORMATS:
         raise ValueError(f"{path}: unsupported extension {path.suffix!r}; accepted: {', '.join(AUDIO_FORMATS)}")
-    file_format, subtype = AUDIO_FORMATS[path.suffix.lower()]
+    # Checked before anything is touched.
+    samples = _samples_to_write(str(path), waveform, sampling_rate)
+    with replacing(path) as temporary:
+        temporary.touch(exist_ok=False)  # says why it fails, unlike libsndfile
+        _write(temporary, samples, sampling_rate, path.suffix.lower(), str(path))
+
+
+def encode_audio(waveform: torch.Tensor | np.ndarray, sampling_rate: int, audio_format: str) -> bytes:
+    """The bytes of the file that [`save_audio`] writes.
+
+    Args:
+        waveform, sampling_rate: as in [`save_audio`].
+        audio_format: "wav", "flac", "ogg" or "mp3".
+    """
+    suffix = f".{audio_format}"
+    if suffix not in AUDIO_FORMATS:
+        accepted = ", ".join(repr(name[1:]) for name in AUDIO_FORMATS)
+        raise ValueError(f"audio_format={audio_format!r}; accepted: {accepted}")
+    file = io.BytesIO()
+    _write(file, _samples_to_write("audio", waveform, sampling_rate), sampling_rate, suffix, "audio")
+    return file.getvalue()
+
+
+def _samples_to_write(name: str, waveform: torch.Tensor | np.ndarray, sampling_rate: int) -> torch.Tensor:
+    """(samples,) float32 in [-1, 1], if that is what it is."""
     if not isinstance(sampling_rate, numbers.Integral):
-        raise ValueError(f"{path}: sampling_rate={sampling_rate!r}; accepted: an integer number of Hz")
-    samples = as_tensor(f"{path}: waveform", waveform).detach().cpu()
+        raise ValueError(f"{name}: sampling_rate={sampling_rate!r}; accepted: an integer number of Hz")
+    samples = as_tensor(f"{name}: waveform", waveform).detach().cpu()
     if not samples.is_floating_point():
-        raise ValueError(f"{path}: waveform is {samples.dtype}; accepted: a floating dtype")
+        raise ValueError(f"{name}: waveform is {samples.dtype}; accepted: a floating dtype")
     if not samples.numel() or samples.shape not in ((samples.numel(),), (1, samples.numel())):
         shape = tuple(samples.shape)
-        raise ValueError(f"{path}: waveform has shape {shape}; accepted: (samples,) or (1, samples), not empty")
+        raise ValueError(f"{name}: waveform has shape {shape}; accepted: (samples,) or (1, samples), not empty")
     if not samples.isfinite().all():
-        raise ValueError(f"{path}: NaN or infinite samples; accepted: finite samples")
+        raise ValueError(f"{name}: NaN or infinite samples; accepted: finite samples")
+    return samples.reshape(-1).clamp(-1, 1).to(torch.float32)  # the lossy encoders do not clip
 
-    samples = samples.reshape(-1).clamp(-1, 1).to(torch.float32)  # the lossy encoders do not clip
+
+def _write(target: Path | BinaryIO, samples: torch.Tensor, sampling_rate: int, suffix: str, name: str) -> None:
+    """Write samples in a format of [`AUDIO_FORMATS`]; errors call the target by `name`."""
+    file_format, subtype = AUDIO_FORMATS[suffix]
     if subtype == "PCM_16":
         # libsndfile would round towards minus infinity in a WAV.
         samples = (samples * 2**15).round().clamp(max=2**15 - 1).to(torch.int16)
-
     try:
-        with replacing(path) as temporary:
-            temporary.touch(exist_ok=False)  # says why it fails, unlike libsndfile
-            with sf.SoundFile(temporary, "w", sampling_rate, 1, subtype, format=file_format) as file:
-                for block in samples.split(_WRITE_SAMPLES):
-                    file.write(block.numpy())
+        with sf.SoundFile(target, "w", sampling_rate, 1, subtype, format=file_format) as file:
+            for block in samples.split(_WRITE_SAMPLES):
+                file.write(block.numpy())
     except sf.LibsndfileError as error:
         kind = OSError if error.code == _SYSTEM_ERROR else ValueError
         raise kind(
-            f"{path}: cannot be written as {file_format} at {sampling_rate} Hz: {error.error_string}"
+            f"{name}: cannot be written as {file_format} at {sampling_rate} Hz: {error.error_string}"
         ) from error
 
 

@@ -14,16 +14,18 @@ import math
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import fields
 from pathlib import Path
 from typing import NoReturn, TypeAlias, TypeVar
 
 import huggingface_hub.utils
 import torch
 import transformers
+from accelerate import PartialState
 from tqdm import tqdm
 
 from . import codes as code_files
-from .audio import AUDIO_FORMATS, load_audio, save_audio
+from .audio import AUDIO_FORMATS, AUDIO_SUFFIXES, load_audio, save_audio
 from .checkpoints import PRESETS, RELEASED_MODEL, init_checkpoint, load_model
 from .codes import AudioCodes
 from .hub import add_hub_command
@@ -34,6 +36,7 @@ from .inference import (
     encode_waveforms,
     group_by_seconds,
 )
+from .jobs import JobOptions, Summary, detokenize_job, tokenize_job
 from .modeling_mimo_audio_tokenizer import ATTENTION_BACKENDS, MiMoAudioTokenizerModel
 from .version import __version__
 
@@ -45,7 +48,6 @@ Result = TypeVar("Result")
 Subparsers: TypeAlias = "argparse._SubParsersAction[argparse.ArgumentParser]"
 
 OUTPUT_SUFFIXES = tuple(AUDIO_FORMATS)
-AUDIO_SUFFIXES = (*OUTPUT_SUFFIXES, ".aif", ".aiff", ".au", ".caf", ".opus", ".w64")
 
 # Files are loaded this many batches at a time: enough to sort by length, little enough to hold in memory.
 _BATCHES_LOADED = 4
@@ -213,10 +215,51 @@ def run_init(args: argparse.Namespace) -> None:
     )
 
 
+def add_tokenize(subparsers: Subparsers) -> None:
+    parser = subparsers.add_parser(
+        "tokenize",
+        help="a dataset's audio to Parquet shards of codes",
+        description="Tokenize all clips of a source: a folder of audio, .parquet or .tar (WebDataset) files, a "
+        "dataset directory, a JSON-lines list, or a Hub id. The shards load with load_dataset(OUT). The same command "
+        "again does what is missing. Under torchrun or accelerate launch the processes share the work.",
+    )
+    _add_job_options(parser)
+    _add_num_quantizers(parser)
+    parser.set_defaults(run=run_tokenize)
+
+
+def run_tokenize(args: argparse.Namespace) -> int:
+    return _report_job("tokenized", args, tokenize_job(args.source, args.output, _job_options(args)))
+
+
+def add_detokenize(subparsers: Subparsers) -> None:
+    parser = subparsers.add_parser(
+        "detokenize",
+        help="a dataset's codes to Parquet shards of audio",
+        description="Decode all clips of a source: a directory that tokenize wrote, other .parquet files, a dataset "
+        "directory, a JSON-lines list with codes, or a Hub id. Otherwise like tokenize.",
+    )
+    _add_job_options(parser)
+    parser.add_argument(
+        "--format",
+        choices=[suffix[1:] for suffix in OUTPUT_SUFFIXES],
+        default="flac",
+        help="of the audio in the shards (default: %(default)s)",
+    )
+    parser.set_defaults(run=run_detokenize, num_quantizers=None)
+
+
+def run_detokenize(args: argparse.Namespace) -> int:
+    summary = detokenize_job(args.source, args.output, _job_options(args), args.format)
+    return _report_job("decoded", args, summary)
+
+
 COMMANDS: tuple[Callable[[Subparsers], object], ...] = (
     add_encode,
     add_decode,
     add_roundtrip,
+    add_tokenize,
+    add_detokenize,
     add_info,
     add_init,
     add_hub_command,
@@ -285,14 +328,18 @@ def _positive_count(text: str) -> int:
     return int(text)
 
 
-def _positive_seconds(text: str) -> float:
+def _count_from_zero(text: str) -> int:
+    return 0 if text == "0" else _positive_count(text)
+
+
+def _positive_number(text: str) -> float:
     try:
-        seconds = float(text)
+        number = float(text)
     except ValueError:
-        seconds = math.nan
-    if not seconds > 0:  # nan neither
-        raise argparse.ArgumentTypeError(f"{text!r}; accepted: a positive number of seconds")
-    return seconds
+        number = math.nan
+    if not number > 0:  # nan neither
+        raise argparse.ArgumentTypeError(f"{text!r}; accepted: a positive number")
+    return number
 
 
 def _add_files(parser: argparse.ArgumentParser, inputs: str, folder_gets: str, one_file: str) -> None:
@@ -309,6 +356,58 @@ def _add_files(parser: argparse.ArgumentParser, inputs: str, folder_gets: str, o
     )
 
 
+def _add_job_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("source", metavar="SOURCE", help="what to read")
+    parser.add_argument("output", metavar="OUT", help="directory of the shards; one that was begun is completed")
+    _add_model_options(parser, dtype="bfloat16 on a GPU, else float32")
+    _add_batch_seconds(parser)
+    parser.add_argument("--column", metavar="C", help="column of the audio or the codes (default: found by its name)")
+    parser.add_argument(
+        "--key-column",
+        metavar="C",
+        help="column that names the clips (default: key if there is one, else their place)",
+    )
+    parser.add_argument("--config", metavar="C", help="configuration of a dataset on the Hub")
+    parser.add_argument("--split", metavar="S", help="split of a dataset")
+    parser.add_argument(
+        "--num-workers",
+        type=_count_from_zero,
+        metavar="N",
+        help="processes that read and decode, for each process of the job (default: its share of the cores less two)",
+    )
+    parser.add_argument(
+        "--shard-clips",
+        type=_positive_count,
+        default=JobOptions.shard_clips,
+        metavar="N",
+        help="clips in a shard, at most (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--shard-minutes",
+        type=_positive_number,
+        default=JobOptions.shard_minutes,
+        metavar="M",
+        help="write a shard after so many minutes, full or not (default: %(default)g)",
+    )
+
+
+def _job_options(args: argparse.Namespace) -> JobOptions:
+    return JobOptions(**{option.name: getattr(args, option.name) for option in fields(JobOptions)})
+
+
+def _report_job(done: str, args: argparse.Namespace, summary: Summary) -> int:
+    if PartialState().is_main_process:
+        before = f", {summary.finished} were there already" if summary.finished else ""
+        failed = f"; {summary.failed} failed: see {Path(args.output, 'errors.jsonl')}" if summary.failed else ""
+        hours = summary.audio_seconds / 3600
+        speed = summary.audio_seconds / summary.seconds
+        print(
+            f"{done} {summary.clips} of {_count(summary.missing, 'clip')}{before}: {hours:.3f} h of audio in "
+            f"{summary.seconds:.1f} s ({speed:.1f} s/s) -> {args.output}{failed}"
+        )
+    return 1 if summary.failed else 0
+
+
 def _add_num_quantizers(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--num-quantizers", type=_positive_count, metavar="N", help="codebooks to use, from the first (default: all)"
@@ -318,24 +417,24 @@ def _add_num_quantizers(parser: argparse.ArgumentParser) -> None:
 def _add_batch_seconds(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--batch-seconds",
-        type=_positive_seconds,
+        type=_positive_number,
         default=MAX_BATCH_SECONDS,
         metavar="S",
         help="seconds of audio to run at once, bounded by memory (default: %(default)g)",
     )
 
 
-def _add_model_options(parser: argparse.ArgumentParser) -> None:
+def _add_model_options(parser: argparse.ArgumentParser, dtype: str = "the checkpoint's") -> None:
     parser.add_argument(
         "--model", default=RELEASED_MODEL, metavar="M", help="a Hub id, a directory or tiny (default: %(default)s)"
     )
-    _add_placement_options(parser)
+    _add_placement_options(parser, dtype)
 
 
-def _add_placement_options(parser: argparse.ArgumentParser) -> None:
+def _add_placement_options(parser: argparse.ArgumentParser, dtype: str = "the checkpoint's") -> None:
     parser.add_argument("--device", metavar="D", help="e.g. cuda:1 or cpu (default: a GPU if there is one)")
     parser.add_argument(
-        "--dtype", choices=["float32", "bfloat16", "float16"], help="of the weights (default: the checkpoint's)"
+        "--dtype", choices=["float32", "bfloat16", "float16"], help=f"of the weights (default: {dtype})"
     )
     parser.add_argument(
         "--attn-implementation", choices=list(ATTENTION_BACKENDS), help="(default: the best for device and dtype)"

@@ -156,11 +156,7 @@ def detokenize_audio(
     for row, value in enumerate(values):
         if value is None:
             continue
-        try:
-            array = np.asarray(value)
-        except ValueError as error:
-            raise ValueError(f"{codes_column}[{row}]: {error}; accepted: (frames, codebooks)") from error
-        codes[row] = check_codes(loaded, array, f"{codes_column}[{row}]")
+        codes[row] = check_codes(loaded, to_codes(value, f"{codes_column}[{row}]"), f"{codes_column}[{row}]")
         if lengths[row] is not None and lengths[row] < 1:
             raise ValueError(f"{num_samples_column}[{row}]={lengths[row]}; accepted: 1 or more")
     decoded = decode_codes(loaded, list(codes.values()), max_batch_seconds=max_batch_seconds)
@@ -212,6 +208,18 @@ def to_waveform(value: Any, sampling_rate: int) -> torch.Tensor:
         raise ValueError(f"{type(value).__name__}; {_ACCEPTED}") from error
     except RuntimeError as error:  # torchcodec's, of a damaged file
         raise ValueError(f"{type(value).__name__}: {error}") from error
+
+
+def to_codes(value: Any, name: str = "codes") -> torch.Tensor:
+    """One value of a column of codes, lists or an array (frames, codebooks), as a tensor.
+
+    Raises:
+        ValueError: it is nothing of the kind; the message begins with `name`.
+    """
+    try:
+        return as_tensor(name, value if isinstance(value, torch.Tensor) else np.asarray(value))
+    except ValueError as error:
+        raise ValueError(f"{name}: {error}; accepted: (frames, codebooks)") from error
 
 
 def _decoded_waveform(array: Any, array_rate: int, sampling_rate: int) -> torch.Tensor:

@@ -1,0 +1,639 @@
+# Copyright 2026 The mimo-audio-hf authors. Licensed under the Apache License, Version 2.0.
+"""Jobs: a source's clips to a directory of shards, on any number of processes and machines, resumable at any time.
+
+The first process lists the source and writes down what is missing in the directory; then every process takes units of
+that list, a few clips each, until none is left. Reading processes decode and resample ahead, the device always has its
+next batch, and shards are written beside it. What is in no shard when a run ends, for whatever reason, is missing for
+the next one: that is all there is to resuming.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import sys
+import threading
+import time
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import dataclass, field
+from functools import cached_property, partial
+from typing import Any
+
+import pyarrow as pa
+import torch
+import torch.distributed as dist
+from accelerate import PartialState
+from datasets import Audio, Features, Value
+from torch.utils.data import DataLoader
+from torch.utils.data import Dataset as TorchDataset
+from tqdm import tqdm
+
+from .audio import AUDIO_SUFFIXES, encode_audio
+from .checkpoints import RELEASED_MODEL, load_model, weights_digest
+from .codes import code_dtype
+from .dataset import to_codes, to_waveform, tokenized_features
+from .inference import MAX_BATCH_SECONDS, check_codes, decode_stream, encode_stream
+from .modeling_mimo_audio_tokenizer import MiMoAudioTokenizerModel
+from .shards import ShardDirectory, ShardWriter, first_repeated
+from .sources import AUDIO_COLUMNS, Problem, Row, Source, open_source
+
+
+CODES_COLUMNS = ("audio_codes",)
+
+# A reading process hands on what it has once it has decoded this much, whatever the unit: memory stays bounded.
+_CHUNK_ELEMENTS = 600 * 24000
+
+_LISTED = pa.schema({"key": pa.large_string(), "file": pa.string(), "at": pa.list_(pa.int64())})
+_REPORT_SECONDS = 0.25
+
+
+@dataclass(frozen=True)
+class JobOptions:
+    """How a job is run.
+
+    Attributes:
+        model: a Hub id or a directory.
+        device: by default this process's GPU, or the CPU.
+        dtype: of the weights; by default bfloat16 on a GPU, float32 elsewhere.
+        attn_implementation: as in `load_model`.
+        num_quantizers: codebooks to use, from the first; all by default.
+        batch_seconds: seconds of audio that run at once.
+        num_workers: processes that read and decode, for each process of the job; by default as many as there are cores
+            for it, less two.
+        shard_clips, shard_minutes: a shard is written after so many clips or minutes.
+        column, key_column, config, split: of the source.
+    """
+
+    model: str = RELEASED_MODEL
+    device: str | None = None
+    dtype: str | None = None
+    attn_implementation: str | None = None
+    num_quantizers: int | None = None
+    batch_seconds: float = MAX_BATCH_SECONDS
+    num_workers: int | None = None
+    shard_clips: int = 10_000
+    shard_minutes: float = 10.0
+    column: str | None = None
+    key_column: str | None = None
+    config: str | None = None
+    split: str | None = None
+
+
+@dataclass(frozen=True)
+class Summary:
+    """What a run of a job did, in all its processes.
+
+    Attributes:
+        clips: that were done, of `missing`.
+        missing: clips that no shard had when the run began.
+        finished: clips that shards had.
+        failed: clips, lines or files that could not be done.
+        audio_seconds: of the clips that were done.
+        seconds: that it took, loading included.
+    """
+
+    clips: int
+    missing: int
+    finished: int
+    failed: int
+    audio_seconds: float
+    seconds: float
+
+
+class Conversion(ABC):
+    """What a job makes of each clip."""
+
+    task: str
+    columns: Sequence[str]
+    suffixes: Sequence[str]
+    model: MiMoAudioTokenizerModel
+
+    @abstractmethod
+    def settings(self) -> dict[str, Any]:
+        """What the results depend on."""
+
+    @abstractmethod
+    def features(self, carried: Features) -> Features:
+        """The columns of the results, given those that are carried along."""
+
+    @abstractmethod
+    def reader(self) -> Callable[[Any], torch.Tensor]:
+        """Makes a tensor of what the source has; for the reading processes, without the model."""
+
+    @abstractmethod
+    def stream(self, clips: Iterable[tuple[_Clip, torch.Tensor]]) -> Iterator[tuple[_Clip, torch.Tensor | Exception]]:
+        """Runs the model."""
+
+    @abstractmethod
+    def row(self, clip: _Clip, result: torch.Tensor) -> tuple[dict[str, Any], float]:
+        """The columns of a result, and its seconds of audio."""
+
+    def finish(self, row: dict[str, Any]) -> dict[str, Any]:
+        """What of that is better done beside the other work."""
+        return row
+
+
+@dataclass(frozen=True)
+class Tokenization(Conversion):
+    """Audio to codes."""
+
+    model: MiMoAudioTokenizerModel
+    options: JobOptions
+
+    task = "tokenize"
+    columns = AUDIO_COLUMNS
+    suffixes = AUDIO_SUFFIXES
+
+    def settings(self) -> dict[str, Any]:
+        self.model.check_num_quantizers(self.options.num_quantizers)
+        config = self.model.config
+        return {
+            "codebook_sizes": list(config.codebook_sizes[: self.options.num_quantizers]),
+            "sampling_rate": config.sampling_rate,
+            "samples_per_frame": config.samples_per_frame,
+        }
+
+    def features(self, carried: Features) -> Features:
+        return tokenized_features(carried, self.model.config, num_quantizers=self.options.num_quantizers)
+
+    def reader(self) -> Callable[[Any], torch.Tensor]:
+        return partial(to_waveform, sampling_rate=self.model.config.sampling_rate)
+
+    def stream(self, clips: Iterable[tuple[_Clip, torch.Tensor]]) -> Iterator[tuple[_Clip, torch.Tensor | Exception]]:
+        def noted() -> Iterator[tuple[_Clip, torch.Tensor]]:
+            for clip, waveform in clips:
+                clip.num_samples = len(waveform)
+                yield clip, waveform
+
+        return encode_stream(
+            self.model, noted(), self.options.num_quantizers, max_batch_seconds=self.options.batch_seconds
+        )
+
+    def row(self, clip: _Clip, result: torch.Tensor) -> tuple[dict[str, Any], float]:
+        sizes = self.model.config.codebook_sizes[: self.options.num_quantizers]
+        codes = result.to(code_dtype(sizes)).numpy()
+        row = {"audio_codes": codes, "num_samples": clip.num_samples}
+        return row, clip.num_samples / self.model.config.sampling_rate
+
+
+@dataclass(frozen=True)
+class Detokenization(Conversion):
+    """Codes to audio, in files of a format inside the shards."""
+
+    model: MiMoAudioTokenizerModel
+    options: JobOptions
+    format: str = "flac"
+
+    task = "detokenize"
+    columns = CODES_COLUMNS
+    suffixes = ()
+
+    def settings(self) -> dict[str, Any]:
+        if self.model.decoder is None:
+            raise ValueError(f"{self.model.config.name_or_path} holds an encoder only; accepted: one with a decoder")
+        return {"format": self.format}
+
+    def features(self, carried: Features) -> Features:
+        return Features({**carried, "audio": Audio(sampling_rate=self.model.config.sampling_rate)})
+
+    def reader(self) -> Callable[[Any], torch.Tensor]:
+        return to_codes
+
+    def stream(self, clips: Iterable[tuple[_Clip, torch.Tensor]]) -> Iterator[tuple[_Clip, torch.Tensor | Exception]]:
+        bad: list[tuple[_Clip, Exception]] = []
+
+        def good() -> Iterator[tuple[_Clip, torch.Tensor]]:
+            for clip, codes in clips:
+                try:
+                    codes = check_codes(self.model, codes)
+                    span = len(codes) * self.model.config.samples_per_frame
+                    clip.num_samples = clip.carried.get("num_samples") or span
+                    if not 1 <= clip.num_samples <= span:
+                        raise ValueError(f"num_samples={clip.num_samples}; accepted: 1 to {span}, the codes' span")
+                except ValueError as error:
+                    bad.append((clip, error))
+                else:
+                    yield clip, codes
+
+        yield from decode_stream(self.model, good(), max_batch_seconds=self.options.batch_seconds)
+        yield from bad
+
+    def row(self, clip: _Clip, result: torch.Tensor) -> tuple[dict[str, Any], float]:
+        waveform = result[: clip.num_samples].clone()
+        return {"audio": waveform}, len(waveform) / self.model.config.sampling_rate
+
+    def finish(self, row: dict[str, Any]) -> dict[str, Any]:
+        data = encode_audio(row["audio"], self.model.config.sampling_rate, self.format)
+        return {**row, "audio": {"bytes": data, "path": f"{row['key']}.{self.format}"}}
+
+
+def tokenize_job(source: str, out: str | os.PathLike[str], options: JobOptions) -> Summary:
+    """Tokenize all clips of a source; what `mimo-audio tokenize` runs. Under a launcher, one of its processes' part.
+
+    Args:
+        source: as in `open_source`.
+        out: directory of the shards; one that an earlier run left is completed.
+
+    Returns:
+        What all processes did together. Clips that failed are in `out/errors.jsonl`.
+
+    Raises:
+        ValueError: bad options, a source or a directory that does not suit.
+        OSError: something could not be read or written; what was done before is in the shards.
+    """
+    return _run(Tokenization, source, out, options)
+
+
+def detokenize_job(
+    source: str, out: str | os.PathLike[str], options: JobOptions, audio_format: str = "flac"
+) -> Summary:
+    """Decode all clips of a source; what `mimo-audio detokenize` runs. As [`tokenize_job`]."""
+    return _run(partial(Detokenization, format=audio_format), source, out, options)
+
+
+def _run(
+    make_conversion: Callable[[MiMoAudioTokenizerModel, JobOptions], Conversion],
+    source_path: str,
+    out: str | os.PathLike[str],
+    options: JobOptions,
+) -> Summary:
+    started = time.perf_counter()
+    has_accelerator = torch.cuda.is_available() or torch.backends.mps.is_available()
+    # Told of the CPU, for without a GPU it would not see the other processes.
+    state = PartialState(cpu=options.device == "cpu" or not has_accelerator)
+    store = _shared_store(state)
+    device = state.device if options.device is None else torch.device(options.device)
+    dtype = options.dtype or ("bfloat16" if device.type == "cuda" else "float32")
+    model = load_model(options.model, device=device, dtype=dtype, attn_implementation=options.attn_implementation)
+    conversion = make_conversion(model, options)
+    settings = {
+        "task": conversion.task,
+        "source": os.path.realpath(source_path) if os.path.exists(source_path) else source_path,
+        **{name: getattr(options, name) for name in ("config", "split", "column", "key_column")},
+        "model": model.config.name_or_path,
+        "weights": weights_digest(model),
+        "dtype": dtype,
+        **conversion.settings(),
+    }
+    directory = ShardDirectory(out, settings)
+    with ExitStack() as stack:
+        if state.is_main_process:
+            stack.enter_context(directory.opened())
+            source = open_source(
+                source_path,
+                conversion.columns if options.column is None else [options.column],
+                key_column=options.key_column,
+                config=options.config,
+                split=options.split,
+                suffixes=conversion.suffixes,
+                ignored=out,
+            )
+            plan = _make_plan(source, directory)
+            store.set("plan", json.dumps(plan))
+        else:
+            plan = json.loads(_await(store, "plan"))
+            stack.enter_context(directory.joined(state.process_index))
+            source = Source.from_dict(plan["source"])
+        progress = _Progress(store, plan["missing"], shown=state.is_main_process)
+        stack.enter_context(progress)
+        features = conversion.features(Features({"key": Value("string"), **source.features}))
+        _convert(conversion, source, directory, plan, features, options, state, store, progress)
+        progress.report()
+        store.add("ended", 1)
+        if state.is_main_process:
+            while store.add("ended", 0) < state.num_processes:
+                progress.report()
+                time.sleep(_REPORT_SECONDS)
+            progress.report()
+            failed = directory.write_errors()
+            directory.write_manifest(complete=failed == 0, failed=failed)
+            store.set("failed", str(failed))
+        failed = int(_await(store, "failed"))
+        done, milliseconds = store.add("done", 0), store.add("milliseconds", 0)
+        if state.num_processes > 1:
+            # The store may live in one of the processes, which waits for the others to have read from it.
+            store.add("left", 1)
+            while state.is_main_process and store.add("left", 0) < state.num_processes:
+                time.sleep(_REPORT_SECONDS)
+            state.destroy_process_group()
+    return Summary(
+        clips=done,
+        missing=plan["missing"],
+        finished=plan["finished"],
+        failed=failed,
+        audio_seconds=milliseconds / 1000,
+        seconds=time.perf_counter() - started,
+    )
+
+
+def _convert(
+    conversion: Conversion,
+    source: Source,
+    directory: ShardDirectory,
+    plan: dict[str, Any],
+    features: Features,
+    options: JobOptions,
+    state: PartialState,
+    store: dist.Store,
+    progress: _Progress,
+) -> None:
+    """This process's part of the work."""
+    writer = ShardWriter(
+        directory,
+        features,
+        take_number=lambda: plan["next_shard"] + store.add("shards", 1) - 1,
+        finish=conversion.finish,
+        max_clips=options.shard_clips,
+        max_seconds=options.shard_minutes * 60,
+    )
+
+    def fail(key: str, error: str) -> None:
+        directory.add_error(state.process_index, key, error)
+        progress.add(failed=1)
+
+    def clips() -> Iterator[tuple[_Clip, torch.Tensor]]:
+        units = iter(lambda: store.add("units", 1) - 1, -1)
+        reader = _Reader(source, plan["list"], conversion.reader())
+        num_workers = _num_workers(conversion.model.device) if options.num_workers is None else options.num_workers
+        for chunk in _read_ahead(reader, _below(plan["units"], units), num_workers):
+            for key, error in chunk.failures:
+                fail(key, error)
+            yield from chunk.clips()
+
+    with _terminated_as_interrupted():
+        try:
+            for clip, result in conversion.stream(clips()):
+                if not isinstance(result, torch.Tensor):
+                    fail(clip.key, _one_line(result))
+                    continue
+                row, seconds = conversion.row(clip, result)
+                writer.add({"key": clip.key, **clip.carried, **row}, result.nbytes, seconds)
+                progress.add(done=1, seconds=seconds)
+        except BaseException:
+            # What is done is kept; what keeps it from being written is the error already under way.
+            with suppress(OSError):
+                writer.close()
+            raise
+        writer.close()
+
+
+# --- What is to be done ---
+
+
+def _make_plan(source: Source, directory: ShardDirectory) -> dict[str, Any]:
+    """List the source and write the clips that no shard has to a file, a record batch for each unit.
+
+    Raises:
+        ValueError: two clips have the same key.
+    """
+    directory.forget_errors()
+    problems = 0
+    listing, missing = (directory.job / name for name in ("listing.arrow", "missing.arrow"))
+    with pa.OSFile(str(listing), "wb") as file, pa.ipc.new_file(file, _LISTED) as writer:
+        for unit in source.units():
+            rows = []
+            for row in unit:
+                if isinstance(row, Problem):
+                    problems += 1
+                    directory.add_error(0, row.key, row.error)
+                else:
+                    rows.append(row)
+            columns = [[row.key for row in rows], [row.file for row in rows], [row.at for row in rows]]
+            writer.write_batch(pa.record_batch(columns, schema=_LISTED))
+
+    finished = directory.finished_keys()
+    units = 0
+    with pa.memory_map(str(listing)) as mapped, pa.OSFile(str(missing), "wb") as file:
+        batches = pa.ipc.open_file(mapped)
+        keys = batches.read_all()["key"]
+        repeated = first_repeated(keys)
+        if repeated is not None:
+            raise ValueError(f"{source.path}: two clips have the key {repeated!r}; accepted: keys of one clip each")
+        wanted = pa.compute.invert(pa.compute.is_in(keys, value_set=finished.cast(pa.large_string())))
+        with pa.ipc.new_file(file, _LISTED) as writer:
+            first = 0
+            for index in range(batches.num_record_batches):
+                batch = batches.get_batch(index)
+                batch, first = batch.filter(wanted.slice(first, len(batch)).combine_chunks()), first + len(batch)
+                if len(batch):
+                    writer.write_batch(batch)
+                    units += 1
+        missing_clips = pa.compute.sum(wanted).as_py() or 0
+    directory.write_manifest(complete=False)
+    return {
+        "source": source.to_dict(),
+        "list": str(missing),
+        "units": units,
+        "missing": missing_clips + problems,
+        "finished": len(finished),
+        "next_shard": directory.next_shard(),
+    }
+
+
+def _below(number: int, counter: Iterable[int]) -> Iterator[int]:
+    for value in counter:
+        if value >= number:
+            return
+        yield value
+
+
+# --- Reading ---
+
+
+@dataclass
+class _Clip:
+    """A clip on its way through the job."""
+
+    key: str
+    carried: dict[str, Any]
+    shape: torch.Size
+    num_samples: int = 0
+
+
+@dataclass
+class _Chunk:
+    """What a reading process has read: clips end to end in one tensor, which is cheap to hand over."""
+
+    members: list[_Clip] = field(default_factory=list)
+    tensors: list[torch.Tensor] = field(default_factory=list)
+    failures: list[tuple[str, str]] = field(default_factory=list)
+    rest: list[Row] = field(default_factory=list)
+
+    def clips(self) -> Iterator[tuple[_Clip, torch.Tensor]]:
+        if self.members:
+            (packed,) = self.tensors
+            pieces = packed.split([clip.shape.numel() for clip in self.members])
+            for clip, piece in zip(self.members, pieces, strict=True):
+                yield clip, piece.view(clip.shape)
+
+
+class _Reader(TorchDataset[_Chunk]):
+    """Reads units of the list of missing clips, or rows of it, in the data loader's processes."""
+
+    def __init__(self, source: Source, path: str, read: Callable[[Any], torch.Tensor]) -> None:
+        self.source = source
+        self.path = path
+        self.read = read
+
+    def __getitem__(self, unit: int | list[Row]) -> _Chunk:
+        rows = unit if isinstance(unit, list) else self._rows(unit)
+        chunk = _Chunk()
+        elements = 0
+        for index, (row, (value, carried)) in enumerate(zip(rows, self._values(rows), strict=True)):
+            if elements >= _CHUNK_ELEMENTS:
+                chunk.rest = rows[index:]
+                break
+            try:
+                if isinstance(value, Exception):
+                    raise value
+                tensor = self.read(value)
+            except Exception as error:  # whatever is wrong with one clip is no reason to stop
+                chunk.failures.append((row.key, _one_line(error)))
+                continue
+            chunk.members.append(_Clip(row.key, carried, tensor.shape))
+            chunk.tensors.append(tensor.reshape(-1))
+            elements += tensor.numel()
+        if chunk.tensors:
+            chunk.tensors = [torch.cat(chunk.tensors)]
+        return chunk
+
+    def _rows(self, unit: int) -> list[Row]:
+        batch = self._list.get_batch(unit).to_pylist()
+        return [Row(row["key"], row["file"], tuple(row["at"])) for row in batch]
+
+    @cached_property
+    def _list(self) -> pa.RecordBatchFileReader:
+        return pa.ipc.open_file(pa.memory_map(self.path))
+
+    def _values(self, rows: Sequence[Row]) -> Iterator[tuple[Any, dict[str, Any]]]:
+        """What the source has for each row; where it fails as a whole, its error for all that are left."""
+        values = self.source.read(rows)
+        failure: Exception | None = None
+        for _ in rows:
+            try:
+                value = next(values) if failure is None else (failure, {})
+            except Exception as error:
+                failure = error
+                value = failure, {}
+            yield value
+
+
+def _read_ahead(reader: _Reader, units: Iterable[int], num_workers: int) -> Iterator[_Chunk]:
+    """Chunks as they are ready, in no order."""
+    work: Iterable[int | list[Row]] = units
+    while True:
+        rest: list[list[Row]] = []
+        loader: DataLoader[_Chunk] = DataLoader(
+            reader,
+            batch_size=None,
+            sampler=work,  # type: ignore[arg-type] # (any iterable will do)
+            num_workers=num_workers,
+            prefetch_factor=2 if num_workers else None,
+            collate_fn=_as_it_is,  # type: ignore[arg-type] # (called without batches)
+            in_order=False,
+        )
+        try:
+            for chunk in loader:
+                rest += [[row] for row in chunk.rest]
+                yield chunk
+        except RuntimeError as error:
+            if "DataLoader worker" not in str(error):
+                raise
+            raise OSError(
+                f"a reading process was killed, perhaps for want of memory ({_one_line(error)}); accepted: fewer "
+                "--num-workers; the same command goes on from here"
+            ) from error
+        if not rest:
+            return
+        work = rest
+
+
+def _as_it_is(chunk: _Chunk) -> _Chunk:
+    return chunk
+
+
+def _num_workers(device: torch.device) -> int:
+    if device.type == "cpu":
+        return 1  # the model needs the cores itself
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    local_processes = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    return max(1, cores // local_processes - 2)
+
+
+# --- Processes ---
+
+
+def _shared_store(state: PartialState) -> dist.Store:
+    """Counters and values that all processes of the job share."""
+    if state.num_processes == 1:
+        return dist.HashStore()
+    # The launcher's, or the first process's.
+    store = dist.TCPStore(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), is_master=False)
+    return dist.PrefixStore(f"mimo-audio/{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
+
+
+def _await(store: dist.Store, name: str) -> str:
+    """A value once it is set, however long that takes."""
+    while not store.check([name]):
+        time.sleep(_REPORT_SECONDS)
+    return store.get(name).decode()
+
+
+@contextmanager
+def _terminated_as_interrupted() -> Iterator[None]:
+    """A scheduler that takes the machine back sends SIGTERM: time enough to write what is done."""
+
+    def stop(number: int, frame: Any) -> None:
+        raise SystemExit(128 + number)
+
+    if threading.current_thread() is not threading.main_thread():  # where Python has no signals
+        yield
+        return
+    before = signal.signal(signal.SIGTERM, stop)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+class _Progress:
+    """Counts for all processes; the first one shows them."""
+
+    def __init__(self, store: dist.Store, total: int, shown: bool) -> None:
+        self.store = store
+        self.shown = shown
+        self.bar = tqdm(total=total, unit="clip", disable=None if shown else True, file=sys.stderr)
+        self.started = self.reported = time.monotonic()
+        self.counts = {"done": 0, "failed clips": 0, "milliseconds": 0}
+
+    def __enter__(self) -> _Progress:
+        return self
+
+    def __exit__(self, *args: object) -> None:
+        self.bar.close()
+
+    def add(self, done: int = 0, failed: int = 0, seconds: float = 0.0) -> None:
+        self.counts["done"] += done
+        self.counts["failed clips"] += failed
+        self.counts["milliseconds"] += round(seconds * 1000)
+        if time.monotonic() - self.reported >= _REPORT_SECONDS:
+            self.report()
+
+    def report(self) -> None:
+        self.reported = time.monotonic()
+        totals = {name: self.store.add(name, count) for name, count in self.counts.items()}
+        self.counts = dict.fromkeys(self.counts, 0)
+        if self.shown:
+            seconds = totals["milliseconds"] / 1000
+            speed = seconds / max(1e-9, self.reported - self.started)
+            failed = f", {totals['failed clips']} failed" if totals["failed clips"] else ""
+            self.bar.set_postfix_str(f"{seconds / 3600:.2f} h of audio, {speed:.0f} s/s{failed}", refresh=False)
+            self.bar.update(totals["done"] + totals["failed clips"] - self.bar.n)
+
+
+def _one_line(error: Exception) -> str:
+    text = " ".join(str(error).split())
+    return text if isinstance(error, ValueError | OSError) and text else f"{type(error).__name__}: {text}"
