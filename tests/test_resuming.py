@@ -44,7 +44,7 @@ def kill(job: subprocess.Popen, out: Path, moment: random.Random) -> None:
     else:
         while job.poll() is None and not (out / ".job" / "missing.arrow").exists():
             time.sleep(0.01)
-        time.sleep(moment.uniform(0, 0.6))
+        time.sleep(moment.uniform(0, 1))
     if job.poll() is not None:
         return
     whom = moment.choice(["all", "launcher", "one"])

@@ -254,6 +254,25 @@ def detokenize_job(
     return _run(partial(Detokenization, format=audio_format), source, out, options)
 
 
+@contextmanager
+def _lost_processes_named() -> Iterator[None]:
+    """Says in one line which process the job has lost: torch notices in any place, in its own words."""
+    try:
+        yield
+    except dist.DistError as error:
+        raise OSError(
+            f"the launcher or the job's first process is gone ({_one_line(error)}); the same command goes on from here"
+        ) from error
+    except RuntimeError as error:
+        if "DataLoader worker" not in str(error):
+            raise
+        raise OSError(
+            f"a reading process was killed, perhaps for want of memory ({_one_line(error)}); accepted: fewer "
+            "--num-workers; the same command goes on from here"
+        ) from error
+
+
+@_lost_processes_named()
 def _run(
     make_conversion: Callable[[MiMoAudioTokenizerModel, JobOptions], Conversion],
     source_path: str,
@@ -535,17 +554,9 @@ def _read_ahead(reader: _Reader, units: Iterable[int], num_workers: int) -> Iter
             collate_fn=_as_it_is,  # type: ignore[arg-type] # (called without batches)
             in_order=False,
         )
-        try:
-            for chunk in loader:
-                rest += [[row] for row in chunk.rest]
-                yield chunk
-        except RuntimeError as error:
-            if "DataLoader worker" not in str(error):
-                raise
-            raise OSError(
-                f"a reading process was killed, perhaps for want of memory ({_one_line(error)}); accepted: fewer "
-                "--num-workers; the same command goes on from here"
-            ) from error
+        for chunk in loader:
+            rest += [[row] for row in chunk.rest]
+            yield chunk
         if not rest:
             return
         work = rest

@@ -18,18 +18,18 @@ import logging
 import os
 import shutil
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 from datasets import Features
 from filelock import FileLock, Timeout
 
+from .dataset import arrow_column
 from .files import replacing
 
 
@@ -313,7 +313,7 @@ class ShardWriter:
 
     def _write(self, rows: list[dict[str, Any]], seconds: float) -> None:
         finished = list(self._finishers.map(self.finish, rows))
-        columns = [_column([row[field.name] for row in finished], field.type) for field in self.schema]
+        columns = [arrow_column([row[field.name] for row in finished], field.type) for field in self.schema]
         table = pa.Table.from_arrays(columns, schema=self.schema)
         self.directory.write_shard(self.take_number(), table, seconds)
 
@@ -323,17 +323,6 @@ def first_repeated(keys: pa.ChunkedArray) -> str | None:
     counts = keys.value_counts()
     repeated = counts.filter(pa.compute.greater(counts.field("counts"), 1))
     return repeated[0]["values"].as_py() if len(repeated) else None
-
-
-def _column(values: Sequence[Any], column_type: pa.DataType) -> pa.Array:
-    """Values of a column; arrays of codes (frames, codebooks) without making Python numbers of them."""
-    if not isinstance(values[0], np.ndarray):
-        return pa.array(values, column_type)
-    codes = np.concatenate([value.reshape(-1) for value in values])
-    row_starts = np.cumsum([0, *(value.shape[1] for value in values for _ in range(len(value)))], dtype=np.int32)
-    clip_starts = np.cumsum([0, *map(len, values)], dtype=np.int32)
-    rows = pa.ListArray.from_arrays(row_starts, pa.array(codes))
-    return pa.ListArray.from_arrays(clip_starts, rows).cast(column_type)
 
 
 @contextmanager

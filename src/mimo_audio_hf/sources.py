@@ -243,7 +243,7 @@ class _TableSource(Source):
         carried = list(self.features)
         others = table.select(carried).to_pylist() if carried else [{}] * len(table)
         for scalar, other in zip(table[self.column], others, strict=True):
-            yield _value_of(scalar), other
+            yield value_of(scalar), other
 
 
 @dataclass
@@ -505,10 +505,10 @@ def _open_parquet(path: str) -> Iterator[pq.ParquetFile]:
         yield file
 
 
-def _value_of(scalar: pa.Scalar) -> Any:
+def value_of(scalar: pa.Scalar) -> Any:
     """What a cell holds; long lists of numbers as arrays."""
     if isinstance(scalar, pa.StructScalar) and scalar.is_valid and "array" in scalar.type.names:
-        return {name: _value_of(scalar[name]) for name in scalar.type.names}
+        return {name: value_of(scalar[name]) for name in scalar.type.names}
     if isinstance(scalar, (pa.ListScalar, pa.LargeListScalar)) and scalar.is_valid:
         values = scalar.values
         if pa.types.is_integer(values.type) or pa.types.is_floating(values.type):
