@@ -206,10 +206,9 @@ def arrow_column(values: Sequence[Any], column_type: pa.DataType) -> pa.Array:
     arrays = [value for value in values if value is not None]
     if not arrays or not isinstance(arrays[0], np.ndarray):
         return pa.array(values, column_type)
-    frames = pa.ListArray.from_arrays(
-        np.cumsum([0, *(array.shape[1] for array in arrays for _ in array)], dtype=np.int32),
-        pa.array(np.concatenate([array.reshape(-1) for array in arrays])),
-    )
+    widths = np.repeat([array.shape[1] for array in arrays], [len(array) for array in arrays])
+    starts = np.concatenate([[0], widths.cumsum()]).astype(np.int32)
+    frames = pa.ListArray.from_arrays(starts, pa.array(np.concatenate([array.reshape(-1) for array in arrays])))
     lengths = [0 if value is None else len(value) for value in values]
     nulls = pa.array([value is None for value in values])
     clips = pa.ListArray.from_arrays(pa.array(np.cumsum([0, *lengths], dtype=np.int32)), frames, mask=nulls)

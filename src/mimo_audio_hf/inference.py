@@ -142,18 +142,21 @@ def encode_stream(
                 yield _Piece(key, waveform, start, stop, is_last=stop == frames)
 
     def launch(batch: list[_Piece]) -> Callable[[], list[torch.Tensor]]:
-        mels = []
         bounds = [extractor.samples_of_frames(piece.start, piece.stop, len(piece.waveform)) for piece in batch]
-        sections = [piece.waveform[first:last] for piece, (first, last) in zip(batch, bounds, strict=True)]
-        packed = _to_device(torch.cat(sections).float(), device)
-        for piece, (first, _), section in zip(batch, bounds, packed.split([*map(len, sections)]), strict=True):
-            skipped = piece.start - first // extractor.hop_length
-            mel = extractor.log_mel_spectrogram(section)[:, skipped : skipped + piece.stop - piece.start]
-            mels.append(mel.t())
-        lengths = [len(mel) for mel in mels]
+        samples = [piece.waveform[first:last] for piece, (first, last) in zip(batch, bounds, strict=True)]
+        sections = _to_device(samples, device).float().split([*map(len, samples)])
+        mels = extractor.packed_log_mel_spectrogram(sections)
+        lengths = [piece.stop - piece.start for piece in batch]
+        sizes = [extractor.num_frames(len(section)) for section in sections]
+        if sizes != lengths:  # of pieces of clips, whose sections reach beyond them
+            kept = []
+            for piece, (first, _), mel in zip(batch, bounds, mels.split(sizes), strict=True):
+                skipped = piece.start - first // extractor.hop_length
+                kept.append(mel[skipped : skipped + piece.stop - piece.start])
+            mels = torch.cat(kept)
         layout = model.encoder_layout(lengths, device)
         # This class's own: that of `compat` has other arguments.
-        output = MiMoAudioTokenizerModel.encode(model, torch.cat(mels), num_quantizers=num_quantizers, layout=layout)
+        output = MiMoAudioTokenizerModel.encode(model, mels, num_quantizers=num_quantizers, layout=layout)
         return _collector(output.audio_codes, model.encoder.code_lengths(lengths))
 
     def seconds(piece: _Piece) -> float:
@@ -196,7 +199,7 @@ def decode_stream(
     def launch(batch: list[tuple[Key, torch.Tensor]]) -> Callable[[], list[torch.Tensor]]:
         lengths = [len(codes) for _, codes in batch]
         layout = model.decoder_layout(lengths, device)
-        packed = _to_device(torch.cat([codes for _, codes in batch]), device)
+        packed = _to_device([codes for _, codes in batch], device)
         samples = MiMoAudioTokenizerModel.decode(model, packed, layout=layout).audio_values
         return _collector(samples, [length * samples_per_frame for length in lengths])
 
@@ -355,11 +358,12 @@ def _gains_from_batches(device: torch.device) -> bool:
     return device.type != "cpu"
 
 
-def _to_device(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
-    """On the device. To a GPU through pinned memory: other copies wait until it has done all its work."""
-    if device.type != "cuda" or tensor.device.type != "cpu":
-        return tensor.to(device)
-    return tensor.pin_memory().to(device, non_blocking=True)
+def _to_device(clips: Sequence[torch.Tensor], device: torch.device) -> torch.Tensor:
+    """Clips end to end on the device. To a GPU through pinned memory: other copies wait until its work is done."""
+    pinned = device.type == "cuda" and not any(clip.is_cuda for clip in clips)
+    shape = (sum(map(len, clips)), *clips[0].shape[1:])
+    packed = torch.empty(shape, dtype=clips[0].dtype, pin_memory=True) if pinned else None
+    return torch.cat(list(clips), out=packed).to(device, non_blocking=pinned)
 
 
 def _collector(packed: torch.Tensor, lengths: Sequence[int]) -> Callable[[], list[torch.Tensor]]:

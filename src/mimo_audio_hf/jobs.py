@@ -131,9 +131,9 @@ class Conversion(ABC):
     def row(self, clip: _Clip, result: torch.Tensor) -> tuple[dict[str, Any], float]:
         """The columns of a result, and its seconds of audio."""
 
-    def finish(self, row: dict[str, Any]) -> dict[str, Any]:
-        """What of that is better done beside the other work."""
-        return row
+    def finisher(self) -> Callable[[dict[str, Any]], dict[str, Any]] | None:
+        """What is to be done to a row beside the other work, if anything."""
+        return None
 
 
 @dataclass(frozen=True)
@@ -225,7 +225,10 @@ class Detokenization(Conversion):
         waveform = result[: clip.num_samples].clone()
         return {"audio": waveform}, len(waveform) / self.model.config.sampling_rate
 
-    def finish(self, row: dict[str, Any]) -> dict[str, Any]:
+    def finisher(self) -> Callable[[dict[str, Any]], dict[str, Any]]:
+        return self._encode
+
+    def _encode(self, row: dict[str, Any]) -> dict[str, Any]:
         data = encode_audio(row["audio"], self.model.config.sampling_rate, self.format)
         return {**row, "audio": {"bytes": data, "path": f"{row['key']}.{self.format}"}}
 
@@ -263,8 +266,8 @@ def _lost_processes_named() -> Iterator[None]:
         raise OSError(
             f"the launcher or the job's first process is gone ({_one_line(error)}); the same command goes on from here"
         ) from error
-    except RuntimeError as error:
-        if "DataLoader worker" not in str(error):
+    except (RuntimeError, EOFError, ConnectionError) as error:
+        if isinstance(error, RuntimeError) and "DataLoader worker" not in str(error):
             raise
         raise OSError(
             f"a reading process was killed, perhaps for want of memory ({_one_line(error)}); accepted: fewer "
@@ -286,6 +289,9 @@ def _run(
     store = _shared_store(state)
     device = state.device if options.device is None else torch.device(options.device)
     dtype = options.dtype or ("bfloat16" if device.type == "cuda" else "float32")
+    if device.type == "cuda":
+        # What is left to the CPU is small, and the threads would be in the way of the reading processes.
+        torch.set_num_threads(1)
     model = load_model(options.model, device=device, dtype=dtype, attn_implementation=options.attn_implementation)
     conversion = make_conversion(model, options)
     settings = {
@@ -364,7 +370,7 @@ def _convert(
         directory,
         features,
         take_number=lambda: plan["next_shard"] + store.add("shards", 1) - 1,
-        finish=conversion.finish,
+        finish=conversion.finisher(),
         max_clips=options.shard_clips,
         max_seconds=options.shard_minutes * 60,
     )

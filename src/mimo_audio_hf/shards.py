@@ -241,7 +241,7 @@ class ShardWriter:
         directory: where to.
         features: of the rows.
         take_number: gives a number that no other shard has.
-        finish: what is still to be done to a row before it is written; several run at once, in threads.
+        finish: what is still to be done to a row before it is written, if anything; several run at once, in threads.
         max_clips, max_seconds: a shard is written when it has so many clips, or was begun so many seconds ago.
     """
 
@@ -250,7 +250,7 @@ class ShardWriter:
         directory: ShardDirectory,
         features: Features,
         take_number: Callable[[], int],
-        finish: Callable[[dict[str, Any]], dict[str, Any]],
+        finish: Callable[[dict[str, Any]], dict[str, Any]] | None,
         max_clips: int,
         max_seconds: float,
     ) -> None:
@@ -312,8 +312,9 @@ class ShardWriter:
             writing.result()
 
     def _write(self, rows: list[dict[str, Any]], seconds: float) -> None:
-        finished = list(self._finishers.map(self.finish, rows))
-        columns = [arrow_column([row[field.name] for row in finished], field.type) for field in self.schema]
+        if self.finish is not None:
+            rows = list(self._finishers.map(self.finish, rows))
+        columns = [arrow_column([row[field.name] for row in rows], field.type) for field in self.schema]
         table = pa.Table.from_arrays(columns, schema=self.schema)
         self.directory.write_shard(self.take_number(), table, seconds)
 
