@@ -382,8 +382,10 @@ def _convert(
     def clips() -> Iterator[tuple[_Clip, torch.Tensor]]:
         units = iter(lambda: store.add("units", 1) - 1, -1)
         reader = _Reader(source, plan["list"], conversion.reader())
-        num_workers = _num_workers(conversion.model.device) if options.num_workers is None else options.num_workers
-        for chunk in _read_ahead(reader, _below(plan["units"], units), num_workers):
+        device = conversion.model.device
+        num_workers = _num_workers(device) if options.num_workers is None else options.num_workers
+        missing = _below(plan["units"], units)
+        for chunk in _read_ahead(reader, missing, num_workers, pin_memory=device.type == "cuda"):
             for key, error in chunk.failures:
                 fail(key, error)
             yield from chunk.clips()
@@ -487,6 +489,11 @@ class _Chunk:
     failures: list[tuple[str, str]] = field(default_factory=list)
     rest: list[Row] = field(default_factory=list)
 
+    def pin_memory(self) -> _Chunk:
+        """Called by the data loader's own thread, which so also takes over what other processes hand on."""
+        self.tensors = [tensor.pin_memory() for tensor in self.tensors]
+        return self
+
     def clips(self) -> Iterator[tuple[_Clip, torch.Tensor]]:
         if self.members:
             (packed,) = self.tensors
@@ -546,7 +553,7 @@ class _Reader(TorchDataset[_Chunk]):
             yield value
 
 
-def _read_ahead(reader: _Reader, units: Iterable[int], num_workers: int) -> Iterator[_Chunk]:
+def _read_ahead(reader: _Reader, units: Iterable[int], num_workers: int, pin_memory: bool) -> Iterator[_Chunk]:
     """Chunks as they are ready, in no order."""
     work: Iterable[int | list[Row]] = units
     while True:
@@ -559,6 +566,7 @@ def _read_ahead(reader: _Reader, units: Iterable[int], num_workers: int) -> Iter
             prefetch_factor=2 if num_workers else None,
             collate_fn=_as_it_is,  # type: ignore[arg-type] # (called without batches)
             in_order=False,
+            pin_memory=pin_memory,
         )
         for chunk in loader:
             rest += [[row] for row in chunk.rest]
