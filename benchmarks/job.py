@@ -2,11 +2,13 @@
 
     python benchmarks/job.py --gpus 1 2 --output benchmarks/results/job.json
 
-Clips are 2 to 10 s of speech (the recording of the tests, cut at random places) in files on the local disk, 24 kHz WAV
-or 16 kHz FLAC; a few thousand files, each under many names, so that the operating system holds them in memory. A rate
-is that of a long job less a short one: start-up is told apart. The GPUs' idle share is what nvidia-smi samples within
-the long job, from its first to its last busy sample. The model alone runs `encode` over spectrograms of the same
-lengths that are on the GPU already, in batches of the same size.
+Clips are 2 to 10 s of speech (the recording of the tests, cut at random places) in files on the local disk, 24 kHz
+WAV or 16 kHz FLAC; a few thousand files, each under many names, so that the operating system holds them in memory.
+Times are those that the jobs print, without Python's imports. A rate is that of a long job less a short one: loading
+the model and listing the files are told apart. Scaling compares the long jobs as they are; on N GPUs they have N times
+the clips. The GPUs' busy share is what nvidia-smi samples within the long job, from its first to its last busy sample.
+The model alone runs `encode` over spectrograms of the same lengths that are on the GPU already, in batches of the same
+size.
 """
 
 from __future__ import annotations
@@ -148,16 +150,16 @@ def main() -> None:
                         write_clips(source, rate, suffix, min(args.files, number), number)
                     runs.append(run_job(source, model, gpus, args.workers, args.batch_seconds))
                 short, long = runs
-                speed = (long["audio_seconds"] - short["audio_seconds"]) / (
-                    long["wall_seconds"] - short["wall_seconds"]
-                )
-                first = next((row["audio_seconds_per_second"] for row in rows if row["format"] == name), speed)
+                audio, seconds = (long[key] - short[key] for key in ("audio_seconds", "job_seconds"))
+                each = long["audio_seconds"] / long["job_seconds"] / gpus
+                one = next((row["long_job"] for row in rows if row["format"] == name), long)
+                first = one["audio_seconds"] / one["job_seconds"] / args.gpus[0]
                 row = {
                     "format": name,
                     "gpus": gpus,
-                    "audio_seconds_per_second": round(speed),
-                    "of_the_model_alone": alone and round(speed / alone / gpus, 3),
-                    "scaling_efficiency": round(speed / first * args.gpus[0] / gpus, 3),
+                    "audio_seconds_per_second": round(audio / seconds),
+                    "of_the_model_alone": alone and round(audio / seconds / alone / gpus, 3),
+                    "scaling_efficiency": round(each / first, 3),
                     "busy_percent": long["busy_percent"],
                     "long_job": long,
                     "short_job": short,

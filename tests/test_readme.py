@@ -10,7 +10,9 @@ from pathlib import Path
 import pytest
 import soundfile
 import torch
+from datasets import Audio, load_dataset
 
+from mimo_audio_hf import load_audio
 from mimo_audio_hf.checkpoints import RELEASED_MODEL
 from mimo_audio_hf.cli import main
 
@@ -54,13 +56,24 @@ def test_command_line_examples(workplace, tiny_checkpoint, capsys):
     for line in commands.splitlines():
         program, command, *arguments = shlex.split(line.replace(RELEASED_MODEL, str(tiny_checkpoint)))
         assert program == "mimo-audio"
-        if command in ("encode", "decode", "roundtrip"):  # for the released model, which is their default
+        if command in (
+            "encode",
+            "decode",
+            "roundtrip",
+            "tokenize",
+            "detokenize",
+        ):  # for the released model, which is their default
             arguments += ["--model", str(tiny_checkpoint), "--device", "cpu"]
         assert main([command, *arguments]) == 0, capsys.readouterr().err
     frames = soundfile.info("speech.wav").frames
     for name in ("decoded.wav", "eight.wav", "decoded/speech.flac"):
         assert soundfile.info(name).frames == frames
     assert soundfile.info("decoded/other.flac").frames == 30001
+    back = {row["key"]: row for row in load_dataset("audio", split="train").cast_column("audio", Audio(decode=False))}
+    assert {key: len(load_audio(row["audio"]["bytes"])) for key, row in back.items()} == {
+        "speech.wav": frames,
+        "other.flac": 30001,
+    }
     assert Path("my-repository", "modeling_mimo_audio_tokenizer.py").is_file()
 
 

@@ -174,7 +174,8 @@ class Tokenization(Conversion):
 
     def row(self, clip: _Clip, result: torch.Tensor) -> tuple[dict[str, Any], float]:
         sizes = self.model.config.codebook_sizes[: self.options.num_quantizers]
-        codes = result.to(code_dtype(sizes)).numpy()
+        # A copy, which is much smaller than the tensor that it would hold until its shard is written.
+        codes = result.to(code_dtype(sizes)).numpy().copy()
         row = {"audio_codes": codes, "num_samples": clip.num_samples}
         return row, clip.num_samples / self.model.config.sampling_rate
 
@@ -258,24 +259,21 @@ def detokenize_job(
 
 
 @contextmanager
-def _lost_processes_named() -> Iterator[None]:
-    """Says in one line which process the job has lost: torch notices in any place, in its own words."""
+def lost_processes_named() -> Iterator[None]:
+    """Says in one line, as an OSError, which process was lost: torch notices in any place, in its own words."""
     try:
         yield
     except dist.DistError as error:
-        raise OSError(
-            f"the launcher or the job's first process is gone ({_one_line(error)}); the same command goes on from here"
-        ) from error
+        raise OSError(f"the launcher or the first process is gone ({_one_line(error)})") from error
     except (RuntimeError, EOFError, ConnectionError) as error:
         if isinstance(error, RuntimeError) and "DataLoader worker" not in str(error):
             raise
         raise OSError(
-            f"a reading process was killed, perhaps for want of memory ({_one_line(error)}); accepted: fewer "
-            "--num-workers; the same command goes on from here"
+            f"a reading process was killed, perhaps for want of memory ({_one_line(error)}); accepted: fewer of them"
         ) from error
 
 
-@_lost_processes_named()
+@lost_processes_named()
 def _run(
     make_conversion: Callable[[MiMoAudioTokenizerModel, JobOptions], Conversion],
     source_path: str,

@@ -41,6 +41,9 @@ VERSION = 1
 # A shard is written when it holds this much, whatever else is asked for.
 MAX_SHARD_BYTES = 256 * 2**20
 
+# Bounds what writing and reading take.
+_ROWS_PER_GROUP = 1000
+
 _METADATA = b"mimo_audio_hf"
 _LOCK_SECONDS = 60.0
 _README = """---
@@ -150,7 +153,8 @@ class ShardDirectory:
         described = {"format": FORMAT, "version": VERSION, "settings": self.settings, "seconds": seconds}
         metadata = {**(table.schema.metadata or {}), _METADATA: json.dumps(described).encode()}
         with replacing(self.shard_path(number)) as temporary, open(temporary, "wb") as file:
-            pq.write_table(table.replace_schema_metadata(metadata), file, compression="zstd")
+            table = table.replace_schema_metadata(metadata)
+            pq.write_table(table, file, compression="zstd", row_group_size=_ROWS_PER_GROUP)
             file.flush()
             os.fsync(file.fileno())
 
