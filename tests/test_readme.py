@@ -22,8 +22,8 @@ README = (ROOT / "README.md").read_text()
 RECORDING = ROOT / "tests" / "fixtures" / "audio" / "prompt_speech_en_m.wav"
 
 
-def blocks(language: str) -> list[str]:
-    return re.findall(rf"```{language}\n(.*?)```", README, re.DOTALL)
+def blocks(language: str, text: str = README) -> list[str]:
+    return re.findall(rf"```{language}\n(.*?)```", text, re.DOTALL)
 
 
 @pytest.fixture
@@ -75,6 +75,19 @@ def test_command_line_examples(workplace, tiny_checkpoint, capsys):
         "other.flac": 30001,
     }
     assert Path("my-repository", "modeling_mimo_audio_tokenizer.py").is_file()
+
+
+def test_examples_of_scale(workplace, tiny_checkpoint):
+    """But for the Ray stage, which test_ray runs, and launchers, which test_jobs does."""
+    text = (ROOT / "docs" / "scale.md").read_text()
+    (commands,) = blocks("console", text)
+    for line in commands.splitlines():
+        assert main([*shlex.split(line)[1:], "--model", str(tiny_checkpoint), "--device", "cpu"]) == 0
+    reading, ray = blocks("python", text)
+    assert "import ray" in ray
+    namespace: dict = {}
+    exec(compile(reading, "scale.md", "exec"), namespace)
+    assert sorted(namespace["tokens"]["key"]) == ["other.flac", "speech.wav"]
 
 
 def test_first_command(workplace, monkeypatch):
