@@ -20,9 +20,11 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
 from functools import cached_property, partial
+from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
+import pyarrow.compute as pc
 import torch
 import torch.distributed as dist
 from accelerate import PartialState
@@ -35,6 +37,7 @@ from .audio import AUDIO_SUFFIXES, encode_audio
 from .checkpoints import RELEASED_MODEL, load_model, weights_digest
 from .codes import code_dtype
 from .dataset import to_codes, to_waveform, tokenized_features
+from .files import replacing
 from .inference import MAX_BATCH_SECONDS, check_codes, decode_stream, encode_stream
 from .modeling_mimo_audio_tokenizer import MiMoAudioTokenizerModel
 from .shards import ShardDirectory, ShardWriter, first_repeated
@@ -409,15 +412,43 @@ def _convert(
 
 
 def _make_plan(source: Source, directory: ShardDirectory) -> dict[str, Any]:
-    """List the source and write the clips that no shard has to a file, a record batch for each unit.
+    """List the source, and write the clips that no shard has to a file, a record batch for each unit.
 
     Raises:
         ValueError: two clips have the same key.
     """
     directory.forget_errors()
-    problems = 0
     listing, missing = (directory.job / name for name in ("listing.arrow", "missing.arrow"))
-    with pa.OSFile(str(listing), "wb") as file, pa.ipc.new_file(file, _LISTED) as writer:
+    problems = _list_clips(source, directory, listing)
+    finished = directory.finished_keys()
+    with pa.memory_map(str(listing)) as mapped:
+        batches = pa.ipc.open_file(mapped)
+        keys = batches.read_all()["key"]
+        repeated = first_repeated(keys)
+        if repeated is not None:
+            raise ValueError(f"{source.path}: two clips have the key {repeated!r}; accepted: keys of one clip each")
+        wanted = pc.invert(pc.is_in(keys, value_set=finished.cast(pa.large_string())))
+        units = _write_missing(batches, wanted, missing)
+        missing_clips = pc.sum(wanted).as_py() or 0
+    directory.write_manifest(complete=False)
+    return {
+        "source": source.to_dict(),
+        "list": str(missing),
+        "units": units,
+        "missing": missing_clips + problems,
+        "finished": len(finished),
+        "next_shard": directory.next_shard(),
+    }
+
+
+def _list_clips(source: Source, directory: ShardDirectory, path: Path) -> int:
+    """Write the rows of a source, a record batch for each unit. What is no row is an error; returns how many are."""
+    problems = 0
+    with (
+        replacing(path) as temporary,
+        pa.OSFile(str(temporary), "wb") as file,
+        pa.ipc.new_file(file, _LISTED) as writer,
+    ):
         for unit in source.units():
             rows = []
             for row in unit:
@@ -428,34 +459,25 @@ def _make_plan(source: Source, directory: ShardDirectory) -> dict[str, Any]:
                     rows.append(row)
             columns = [[row.key for row in rows], [row.file for row in rows], [row.at for row in rows]]
             writer.write_batch(pa.record_batch(columns, schema=_LISTED))
+    return problems
 
-    finished = directory.finished_keys()
-    units = 0
-    with pa.memory_map(str(listing)) as mapped, pa.OSFile(str(missing), "wb") as file:
-        batches = pa.ipc.open_file(mapped)
-        keys = batches.read_all()["key"]
-        repeated = first_repeated(keys)
-        if repeated is not None:
-            raise ValueError(f"{source.path}: two clips have the key {repeated!r}; accepted: keys of one clip each")
-        wanted = pa.compute.invert(pa.compute.is_in(keys, value_set=finished.cast(pa.large_string())))
-        with pa.ipc.new_file(file, _LISTED) as writer:
-            first = 0
-            for index in range(batches.num_record_batches):
-                batch = batches.get_batch(index)
-                batch, first = batch.filter(wanted.slice(first, len(batch)).combine_chunks()), first + len(batch)
-                if len(batch):
-                    writer.write_batch(batch)
-                    units += 1
-        missing_clips = pa.compute.sum(wanted).as_py() or 0
-    directory.write_manifest(complete=False)
-    return {
-        "source": source.to_dict(),
-        "list": str(missing),
-        "units": units,
-        "missing": missing_clips + problems,
-        "finished": len(finished),
-        "next_shard": directory.next_shard(),
-    }
+
+def _write_missing(batches: pa.RecordBatchFileReader, wanted: pa.ChunkedArray, path: Path) -> int:
+    """Write what is wanted of the listed units, and return how many units have any of it."""
+    units = first = 0
+    with (
+        replacing(path) as temporary,
+        pa.OSFile(str(temporary), "wb") as file,
+        pa.ipc.new_file(file, _LISTED) as writer,
+    ):
+        for index in range(batches.num_record_batches):
+            batch = batches.get_batch(index)
+            left = batch.filter(wanted.slice(first, len(batch)).combine_chunks())
+            first += len(batch)
+            if len(left):
+                writer.write_batch(left)
+                units += 1
+    return units
 
 
 def _below(number: int, counter: Iterable[int]) -> Iterator[int]:

@@ -25,6 +25,7 @@ from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from datasets import Features
 from filelock import FileLock, Timeout
@@ -326,7 +327,7 @@ class ShardWriter:
 def first_repeated(keys: pa.ChunkedArray) -> str | None:
     """A key that is there more than once."""
     counts = keys.value_counts()
-    repeated = counts.filter(pa.compute.greater(counts.field("counts"), 1))
+    repeated = counts.filter(pc.greater(counts.field("counts"), 1))
     return repeated[0]["values"].as_py() if len(repeated) else None
 
 
