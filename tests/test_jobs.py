@@ -13,6 +13,7 @@ import tarfile
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import soundfile
@@ -162,6 +163,34 @@ def test_parquet_files(tokenize, folder, expected, tmp_path):
     assert rows["x.parquet:24"]["name"] == list(expected)[24]
     assert tokenize(tmp_path / "tables" / "y.parquet", out=tmp_path / "single")[0] == 0
     assert rows_of(tmp_path / "single").keys() == {f"y.parquet:{row}" for row in range(15)}
+
+
+def test_nulls_odd_types_and_keys(tokenize, folder, expected, tmp_path):
+    (key, codes), *_ = expected.items()
+    sound = {"bytes": (folder / key).read_bytes(), "path": None}
+    table = pa.table(
+        {
+            "audio": [sound, None, sound, sound],
+            "id": pa.array([7, 8, None, 9]),
+            "speaker": pa.array(["x", "y", "x", None]).dictionary_encode(),
+            "words": [[{"word": "a", "start": 0.5}], [], None, []],
+        }
+    )
+    pq.write_table(table, tmp_path / "odd.parquet")
+    status, output, _ = tokenize(tmp_path / "odd.parquet", "--key-column", "id")
+    assert status == 1
+    assert "tokenized 3 of 4 clips" in output
+    assert errors_of(tmp_path / "out") == {"odd.parquet:2": "'id' is null; accepted: keys"}
+    rows = rows_of(tmp_path / "out")
+    assert torch.equal(torch.tensor(rows["9"]["audio_codes"]), codes)
+    assert (rows["8"]["audio_codes"], rows["8"]["num_samples"], rows["8"]["speaker"]) == (None, None, "y")
+    assert rows["7"]["words"] == [{"word": "a", "start": 0.5}]
+    assert tokenize(tmp_path / "out", command="detokenize", out=tmp_path / "back")[0] == 0
+    assert {key: row["audio"] is None for key, row in rows_of(tmp_path / "back").items()} == {
+        "7": False,
+        "8": True,
+        "9": False,
+    }
 
 
 def write_tar(path: Path, members: dict[str, bytes]) -> None:

@@ -16,8 +16,8 @@ import sys
 import threading
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager, suppress
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
+from contextlib import ExitStack, closing, contextmanager, suppress
 from dataclasses import dataclass, field
 from functools import cached_property, partial
 from pathlib import Path
@@ -134,6 +134,10 @@ class Conversion(ABC):
     def row(self, clip: _Clip, result: torch.Tensor) -> tuple[dict[str, Any], float]:
         """The columns of a result, and its seconds of audio."""
 
+    @abstractmethod
+    def null_row(self) -> dict[str, Any]:
+        """The columns of a clip that the source has a null for."""
+
     def finisher(self) -> Callable[[dict[str, Any]], dict[str, Any]] | None:
         """What is to be done to a row beside the other work, if anything."""
         return None
@@ -182,6 +186,9 @@ class Tokenization(Conversion):
         row = {"audio_codes": codes, "num_samples": clip.num_samples}
         return row, clip.num_samples / self.model.config.sampling_rate
 
+    def null_row(self) -> dict[str, Any]:
+        return {"audio_codes": None, "num_samples": None}
+
 
 @dataclass(frozen=True)
 class Detokenization(Conversion):
@@ -229,10 +236,15 @@ class Detokenization(Conversion):
         waveform = result[: clip.num_samples].clone()
         return {"audio": waveform}, len(waveform) / self.model.config.sampling_rate
 
+    def null_row(self) -> dict[str, Any]:
+        return {"audio": None}
+
     def finisher(self) -> Callable[[dict[str, Any]], dict[str, Any]]:
         return self._encode
 
     def _encode(self, row: dict[str, Any]) -> dict[str, Any]:
+        if row["audio"] is None:
+            return row
         data = encode_audio(row["audio"], self.model.config.sampling_rate, self.format)
         return {**row, "audio": {"bytes": data, "path": f"{row['key']}.{self.format}"}}
 
@@ -380,7 +392,7 @@ def _convert(
         directory.add_error(state.process_index, key, error)
         progress.add(failed=1)
 
-    def clips() -> Iterator[tuple[_Clip, torch.Tensor]]:
+    def clips() -> Generator[tuple[_Clip, torch.Tensor], None, None]:
         units = iter(lambda: store.add("units", 1) - 1, -1)
         reader = _Reader(source, plan["list"], conversion.reader())
         device = conversion.model.device
@@ -389,11 +401,14 @@ def _convert(
         for chunk in _read_ahead(reader, missing, num_workers, pin_memory=device.type == "cuda"):
             for key, error in chunk.failures:
                 fail(key, error)
+            for clip in chunk.nulls:
+                writer.add({"key": clip.key, **clip.carried, **conversion.null_row()}, 0, 0.0)
+                progress.add(done=1)
             yield from chunk.clips()
 
-    with _terminated_as_interrupted():
+    with _terminated_as_interrupted(), closing(clips()) as reading:
         try:
-            for clip, result in conversion.stream(clips()):
+            for clip, result in conversion.stream(reading):
                 if not isinstance(result, torch.Tensor):
                     fail(clip.key, _one_line(result))
                     continue
@@ -506,6 +521,7 @@ class _Chunk:
 
     members: list[_Clip] = field(default_factory=list)
     tensors: list[torch.Tensor] = field(default_factory=list)
+    nulls: list[_Clip] = field(default_factory=list)
     failures: list[tuple[str, str]] = field(default_factory=list)
     rest: list[Row] = field(default_factory=list)
 
@@ -541,6 +557,9 @@ class _Reader(TorchDataset[_Chunk]):
             try:
                 if isinstance(value, Exception):
                     raise value
+                if value is None:
+                    chunk.nulls.append(_Clip(row.key, carried, torch.Size()))
+                    continue
                 tensor = self.read(value)
             except Exception as error:  # whatever is wrong with one clip is no reason to stop
                 chunk.failures.append((row.key, _one_line(error)))

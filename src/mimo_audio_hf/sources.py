@@ -100,7 +100,7 @@ class Source(ABC):
 
     @abstractmethod
     def read(self, rows: Sequence[Row]) -> Iterator[tuple[Any, dict[str, Any]]]:
-        """For each row of one unit the audio, as `to_waveform` takes it, and its other columns.
+        """For each row of one unit the audio, as `to_waveform` takes it, or None, and its other columns.
 
         What cannot be read has the exception, a ValueError or OSError, in the place of its audio.
         """
@@ -163,12 +163,13 @@ class JsonLinesSource(Source):
         for lines in _in_lists(self._lines(), _LINES_PER_INFERENCE):
             fields = [line for _, line in lines if line is not None]
             if fields and not started:
-                self.columns = [_choose_column(self.path, fields[0], self.columns)]
-                self.key_column = self.key_column or ("key" if "key" in fields[0] else self.column)
+                names = list(dict.fromkeys(name for line in fields for name in line))
+                self.columns = [_choose_column(self.path, names, self.columns)]
+                self.key_column = self.key_column or ("key" if "key" in names else self.column)
                 started = True
             self._infer_types(types, fields)
             yield from _in_lists((self._row(found, line) for found, line in lines), ROWS_PER_UNIT)
-        self.features = Features.from_arrow_schema(pa.schema(types))
+        self.features = _features_of(self.path, pa.schema(types))
 
     def read(self, rows: Sequence[Row]) -> Iterator[tuple[Any, dict[str, Any]]]:
         folder = os.path.dirname(os.path.abspath(self.path))
@@ -239,6 +240,11 @@ class _TableSource(Source):
         used = (self.column, self.key_column)
         self.features = Features({name: feature for name, feature in features.items() if name not in used})
 
+    def _row(self, key: Any, place: str, file: str = "", at: tuple[int, ...] = ()) -> Row | Problem:
+        if key is None:
+            return Problem(place, f"{self.key_column!r} is null; accepted: keys")
+        return Row(str(key), file, at)
+
     def _rows_of(self, table: pa.Table) -> Iterator[tuple[Any, dict[str, Any]]]:
         carried = list(self.features)
         others = table.select(carried).to_pylist() if carried else [{}] * len(table)
@@ -264,10 +270,10 @@ class DatasetSource(_TableSource):
         self._choose_columns(table.features)
         for start in range(0, len(table), ROWS_PER_UNIT):
             indices = range(start, min(start + ROWS_PER_UNIT, len(table)))
-            keys: Iterable[str] = map(str, indices)
+            keys: Iterable[Any] = indices
             if self.key_column is not None:
-                keys = map(str, table.select_columns(self.key_column)[indices][self.key_column].to_pylist())
-            yield [Row(key, at=(index,)) for key, index in zip(keys, indices, strict=True)]
+                keys = table.select_columns(self.key_column)[indices][self.key_column].to_pylist()
+            yield [self._row(key, f"row {index}", at=(index,)) for key, index in zip(keys, indices, strict=True)]
 
     def read(self, rows: Sequence[Row]) -> Iterator[tuple[Any, dict[str, Any]]]:
         table = self._dataset.with_format("arrow")[[row.at[0] for row in rows]]
@@ -299,7 +305,7 @@ class ParquetSource(_TableSource):
             with _open_parquet(self._file(name)) as file:
                 if schema is None:
                     schema = file.schema_arrow
-                    self._choose_columns(Features.from_arrow_schema(schema))
+                    self._choose_columns(_features_of(self.path, schema))
                 elif not file.schema_arrow.equals(schema):
                     raise ValueError(f"{self._file(name)}: other columns or types than the files before it")
                 yield from self._units_of(name, file)
@@ -318,13 +324,16 @@ class ParquetSource(_TableSource):
         for group in range(file.num_row_groups):
             metadata = file.metadata.row_group(group)
             count = metadata.num_rows
-            if self.key_column is None:
-                keys = [f"{name or os.path.basename(self.path)}:{first + row}" for row in range(count)]
-            else:
-                keys = list(map(str, file.read_row_group(group, columns=[self.key_column])[0].to_pylist()))
+            places = [f"{name or os.path.basename(self.path)}:{first + row}" for row in range(count)]
+            keys = places
+            if self.key_column is not None:
+                keys = file.read_row_group(group, columns=[self.key_column])[self.key_column].to_pylist()
             first += count
             each = max(1, metadata.total_byte_size // max(1, count))
-            rows: Iterator[Row | Problem] = (Row(key, name, (group, row)) for row, key in enumerate(keys))
+            rows = (
+                self._row(key, place, name, (group, row))
+                for row, (key, place) in enumerate(zip(keys, places, strict=True))
+            )
             yield from _in_lists(rows, max(1, min(_PARQUET_UNIT_ROWS, _PARQUET_UNIT_BYTES // each)))
 
 
@@ -493,6 +502,17 @@ def _choose_column(path: str, columns: Iterable[str], candidates: Sequence[str])
             return name
     listed = ", ".join(map(repr, present))
     raise ValueError(f"{path} has no column {' or '.join(map(repr, candidates))}; accepted as --column: {listed}")
+
+
+def _features_of(path: str, schema: pa.Schema) -> Features:
+    """The features of columns as Python reads them: of a dictionary, its values."""
+    for index, field in enumerate(schema):
+        if pa.types.is_dictionary(field.type):
+            schema = schema.set(index, field.with_type(field.type.value_type))
+    try:
+        return Features.from_arrow_schema(schema)
+    except (NotImplementedError, ValueError) as error:
+        raise ValueError(f"{path}: a column that datasets cannot hold ({error}); accepted: others") from error
 
 
 @contextmanager
