@@ -80,7 +80,7 @@ def check(out: Path, expected: dict[str, torch.Tensor]) -> dict[str, dict]:
 
 
 def errors_of(out: Path) -> dict[str, str]:
-    lines = [json.loads(line) for line in (out / "errors.jsonl").read_text().splitlines()]
+    lines = [json.loads(line) for line in (out / "errors.jsonl").read_text().rstrip("\n").split("\n")]
     assert len({line["key"] for line in lines}) == len(lines)
     return {line["key"]: line["error"] for line in lines}
 
@@ -97,7 +97,7 @@ def test_a_folder(tokenize, folder, expected, tmp_path, workers):
     manifest = json.loads((tmp_path / "out" / "manifest.json").read_text())
     assert [shard["clips"] for shard in manifest["shards"]] == [15, 15, 10]
     assert (manifest["complete"], manifest["clips"], manifest["failed"]) == (True, 40, 0)
-    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["README.md", "data", "manifest.json"]
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == [".job", "README.md", "data", "manifest.json"]
 
 
 def test_load_dataset_reads_the_result(tokenize, folder, expected, tmp_path):
@@ -212,6 +212,7 @@ def test_webdataset_tars(tokenize, folder, expected, tmp_path):
             members[f"./{stem}.txt"] = f"text {index}".encode()
             members[f"./{stem}{Path(key).suffix}"] = (folder / key).read_bytes()
             members[f"./._{stem}.wav"] = b"hidden"
+            members[f"./._{stem}.txt"] = b"\xff"
         write_tar(tmp_path / "tars" / tar, members)
     assert tokenize(tmp_path / "tars", "--num-workers", "1")[0] == 0
     names = [f"{long_name if index == 4 else f'{index:03}'}" for index in range(30)]
@@ -230,6 +231,14 @@ def test_a_hub_id_goes_through_load_dataset(tokenize, folder, expected, tmp_path
     monkeypatch.setattr("mimo_audio_hf.sources.load_dataset", load)
     assert tokenize("owner/speech", "--config", "en", "--split", "train")[0] == 0
     check(tmp_path / "out", {str(index): codes for index, codes in enumerate(list(expected.values())[:3])})
+
+
+def test_links_to_folders_are_followed(tokenize, folder, expected, tmp_path):
+    (tmp_path / "links").mkdir()
+    (tmp_path / "links" / "speech").symlink_to(folder)
+    (tmp_path / "links" / "circle").symlink_to(tmp_path / "links")
+    assert tokenize(tmp_path / "links")[0] == 0
+    check(tmp_path / "out", {f"speech/{key}": codes for key, codes in expected.items()})
 
 
 def test_sources_that_are_none(tokenize, folder, tmp_path):
@@ -330,14 +339,58 @@ def test_30_bad_files_among_500(tokenize, tiny_model, tmp_path):
     assert not (tmp_path / "out" / "errors.jsonl").exists()
 
 
+def test_a_shard_damaged_inside_is_set_aside(tokenize, folder, expected, tmp_path):
+    tokenize(folder, "--shard-clips", "10")
+    shard = tmp_path / "out" / "data" / "train-00001.parquet"
+    data = bytearray(shard.read_bytes())
+    data[4:300] = bytes(296)
+    shard.write_bytes(data)
+    status, output, errors = tokenize(folder)
+    assert status == 0
+    assert "train-00001.parquet is damaged" in errors
+    check(tmp_path / "out", expected)
+
+
+def test_another_column_called_key(tokenize, folder, expected, tmp_path):
+    sound = {"bytes": (folder / next(iter(expected))).read_bytes(), "path": None}
+    pq.write_table(pa.table({"key": [1, 2], "id": ["a", "b"], "audio": [sound] * 2}), tmp_path / "keys.parquet")
+    for _ in range(2):
+        assert tokenize(tmp_path / "keys.parquet", "--key-column", "id")[0] == 0
+        assert rows_of(tmp_path / "out").keys() == {"a", "b"}
+
+
+def test_columns_that_come_later_are_refused(tokenize, folder, expected, tmp_path):
+    lines = [{"audio": str(folder / key), "key": key} for key in expected]
+    (tmp_path / "list.jsonl").write_text(json.dumps(lines[0]))
+    assert tokenize(tmp_path / "list.jsonl")[0] == 0
+    (tmp_path / "list.jsonl").write_text(json.dumps(lines[0]) + "\n" + json.dumps({**lines[1], "text": "x"}))
+    status, _, errors = tokenize(tmp_path / "list.jsonl")
+    assert status == 1
+    assert "has the columns" in errors
+    assert "text (string)" in errors
+
+
+def test_large_carried_values_fill_a_shard(tokenize, folder, expected, tmp_path, monkeypatch):
+    monkeypatch.setattr("mimo_audio_hf.shards.MAX_SHARD_BYTES", 50_000)
+    sound = {"bytes": (folder / next(iter(expected))).read_bytes(), "path": None}
+    table = pa.table({"audio": [sound] * 9, "picture": [[{"bytes": bytes(20_000)}]] * 9})
+    pq.write_table(table, tmp_path / "large.parquet")
+    assert tokenize(tmp_path / "large.parquet")[0] == 0
+    assert len(list((tmp_path / "out" / "data").iterdir())) >= 3
+
+
 def test_bad_lines_and_tars(tokenize, folder, expected, tmp_path):
     good = str(folder / next(iter(expected)))
     lines = [json.dumps({"wav": good, "key": "x"}), "no json", '["list"]', '{"key": "y"}', '{"wav": 5, "key": "z"}']
+    lines += [
+        '{"wav": "a", "key": "\\ud800"}',
+        json.dumps({"wav": "nowhere\u2028.wav", "key": "\u2028"}, ensure_ascii=False),
+    ]
     (tmp_path / "list.jsonl").write_text("\n".join(lines))
     assert tokenize(tmp_path / "list.jsonl")[0] == 1
     assert rows_of(tmp_path / "out").keys() == {"x"}
     errors = errors_of(tmp_path / "out")
-    assert errors.keys() == {"line 2", "line 3", "line 4", "z"}
+    assert errors.keys() == {"line 2", "line 3", "line 4", "z", "line 6", "\u2028"}
     assert "'wav' is missing" in errors["line 4"]
 
     sound = Path(good).read_bytes()
@@ -398,7 +451,8 @@ def test_a_truncated_shard_is_set_aside_and_done_again(tokenize, folder, expecte
     assert status == 0
     assert "train-00002.parquet is damaged" in errors
     assert "tokenized 10 of 10 clips, 30 were there already" in output
-    assert (tmp_path / "out" / "damaged" / "train-00002.parquet").exists()
+    assert (tmp_path / "out" / "damaged" / "train-00002.parquet.damaged").exists()
+    assert tokenize(tmp_path / "out", command="detokenize", out=tmp_path / "back")[0] == 0
     check(tmp_path / "out", expected)
 
 
@@ -584,13 +638,14 @@ def test_detokenize_names_bad_codes(tokenize, tmp_path):
         {"key": "range", "audio_codes": [[5000] * 20]},
         {"key": "ragged", "audio_codes": [[0, 1], [1]]},
         {"key": "long", "audio_codes": [[0] * 20], "num_samples": 961},
+        {"key": "none", "audio_codes": [[0] * 20], "num_samples": 0},
     ]
     (tmp_path / "codes.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     status, output, _ = tokenize(tmp_path / "codes.jsonl", "--format", "wav", command="detokenize")
     assert status == 1
-    assert "decoded 2 of 5 clips" in output
+    assert "decoded 2 of 6 clips" in output
     errors = errors_of(tmp_path / "out")
-    assert errors.keys() == {"range", "ragged", "long"}
+    assert errors.keys() == {"range", "ragged", "long", "none"}
     assert "codebook 0" in errors["range"]
     audio = {key: load_audio(row["audio"]["bytes"]) for key, row in rows_of(tmp_path / "out").items()}
     assert {key: len(samples) for key, samples in audio.items()} == {"good": 2000, "whole": 2880}

@@ -373,7 +373,8 @@ def _add_job_options(parser: argparse.ArgumentParser) -> None:
         "--num-workers",
         type=_count_from_zero,
         metavar="N",
-        help="processes that read and decode, for each process of the job (default: its share of the cores less two)",
+        help="processes that read and decode, for each process of the job (default: its share of the cores less two; "
+        "1 where the model runs on the CPU)",
     )
     parser.add_argument(
         "--shard-clips",

@@ -65,7 +65,7 @@ class JobOptions:
         num_quantizers: codebooks to use, from the first; all by default.
         batch_seconds: seconds of audio that run at once.
         num_workers: processes that read and decode, for each process of the job; by default as many as there are cores
-            for it, less two.
+            for it, less two, and one where the model itself runs on the CPU.
         shard_clips, shard_minutes: a shard is written after so many clips or minutes.
         column, key_column, config, split: of the source.
     """
@@ -221,15 +221,21 @@ class Detokenization(Conversion):
                 try:
                     codes = check_codes(self.model, codes)
                     span = len(codes) * self.model.config.samples_per_frame
-                    clip.num_samples = clip.carried.get("num_samples") or span
-                    if not 1 <= clip.num_samples <= span:
-                        raise ValueError(f"num_samples={clip.num_samples}; accepted: 1 to {span}, the codes' span")
+                    num_samples = clip.carried.get("num_samples")
+                    if num_samples is None:
+                        num_samples = span
+                    if not isinstance(num_samples, int) or not 1 <= num_samples <= span:
+                        raise ValueError(f"num_samples={num_samples!r}; accepted: 1 to {span}, the codes' span")
+                    clip.num_samples = num_samples
                 except ValueError as error:
                     bad.append((clip, error))
                 else:
                     yield clip, codes
 
-        yield from decode_stream(self.model, good(), max_batch_seconds=self.options.batch_seconds)
+        for decoded in decode_stream(self.model, good(), max_batch_seconds=self.options.batch_seconds):
+            yield decoded
+            while bad:
+                yield bad.pop()
         yield from bad
 
     def row(self, clip: _Clip, result: torch.Tensor) -> tuple[dict[str, Any], float]:
@@ -280,12 +286,15 @@ def lost_processes_named() -> Iterator[None]:
         yield
     except dist.DistError as error:
         raise OSError(f"the launcher or the first process is gone ({_one_line(error)})") from error
-    except (RuntimeError, EOFError, ConnectionError) as error:
-        if isinstance(error, RuntimeError) and "DataLoader worker" not in str(error):
+    except RuntimeError as error:
+        if "DataLoader worker" not in str(error):
             raise
-        raise OSError(
-            f"a reading process was killed, perhaps for want of memory ({_one_line(error)}); accepted: fewer of them"
-        ) from error
+        raise _reading_process_killed(error) from error
+
+
+def _reading_process_killed(error: Exception) -> OSError:
+    text = f"a reading process was killed, perhaps for want of memory ({_one_line(error)}); accepted: fewer of them"
+    return OSError(text)
 
 
 @lost_processes_named()
@@ -330,6 +339,7 @@ def _run(
                 ignored=out,
             )
             plan = _make_plan(source, directory)
+            directory.check_columns(_all_features(conversion, source))
             store.set("plan", json.dumps(plan))
         else:
             plan = json.loads(_await(store, "plan"))
@@ -337,7 +347,7 @@ def _run(
             source = Source.from_dict(plan["source"])
         progress = _Progress(store, plan["missing"], shown=state.is_main_process)
         stack.enter_context(progress)
-        features = conversion.features(Features({"key": Value("string"), **source.features}))
+        features = _all_features(conversion, source)
         _convert(conversion, source, directory, plan, features, options, state, store, progress)
         progress.report()
         store.add("ended", 1)
@@ -347,7 +357,10 @@ def _run(
                 time.sleep(_REPORT_SECONDS)
             progress.report()
             failed = directory.write_errors()
-            directory.write_manifest(complete=failed == 0, failed=failed)
+            unaccounted = plan["missing"] - store.add("done", 0) - failed
+            directory.write_manifest(complete=failed == unaccounted == 0, failed=failed)
+            if unaccounted:
+                raise OSError(f"{unaccounted} clips were neither done nor did they fail; the same command does them")
             store.set("failed", str(failed))
         failed = int(_await(store, "failed"))
         done, milliseconds = store.add("done", 0), store.add("milliseconds", 0)
@@ -365,6 +378,10 @@ def _run(
         audio_seconds=milliseconds / 1000,
         seconds=time.perf_counter() - started,
     )
+
+
+def _all_features(conversion: Conversion, source: Source) -> Features:
+    return conversion.features(Features({"key": Value("string"), **source.features}))
 
 
 def _convert(
@@ -402,7 +419,7 @@ def _convert(
             for key, error in chunk.failures:
                 fail(key, error)
             for clip in chunk.nulls:
-                writer.add({"key": clip.key, **clip.carried, **conversion.null_row()}, 0, 0.0)
+                writer.add({**clip.carried, **conversion.null_row(), "key": clip.key}, clip.num_bytes, 0.0)
                 progress.add(done=1)
             yield from chunk.clips()
 
@@ -413,7 +430,7 @@ def _convert(
                     fail(clip.key, _one_line(result))
                     continue
                 row, seconds = conversion.row(clip, result)
-                writer.add({"key": clip.key, **clip.carried, **row}, result.nbytes, seconds)
+                writer.add({**clip.carried, **row, "key": clip.key}, clip.num_bytes + result.nbytes, seconds)
                 progress.add(done=1, seconds=seconds)
         except BaseException:
             # What is done is kept; what keeps it from being written is the error already under way.
@@ -512,6 +529,7 @@ class _Clip:
     key: str
     carried: dict[str, Any]
     shape: torch.Size
+    num_bytes: int
     num_samples: int = 0
 
 
@@ -558,13 +576,13 @@ class _Reader(TorchDataset[_Chunk]):
                 if isinstance(value, Exception):
                     raise value
                 if value is None:
-                    chunk.nulls.append(_Clip(row.key, carried, torch.Size()))
+                    chunk.nulls.append(_Clip(row.key, carried, torch.Size(), _size(carried)))
                     continue
                 tensor = self.read(value)
             except Exception as error:  # whatever is wrong with one clip is no reason to stop
                 chunk.failures.append((row.key, _one_line(error)))
                 continue
-            chunk.members.append(_Clip(row.key, carried, tensor.shape))
+            chunk.members.append(_Clip(row.key, carried, tensor.shape, _size(carried)))
             chunk.tensors.append(tensor.reshape(-1))
             elements += tensor.numel()
         if chunk.tensors:
@@ -594,25 +612,47 @@ class _Reader(TorchDataset[_Chunk]):
 
 def _read_ahead(reader: _Reader, units: Iterable[int], num_workers: int, pin_memory: bool) -> Iterator[_Chunk]:
     """Chunks as they are ready, in no order."""
-    work: Iterable[int | list[Row]] = units
+    rests: list[list[Row]] = []
+    units = iter(units)
+
+    def work() -> Iterator[int | list[Row]]:
+        for unit in units:
+            while rests:
+                yield rests.pop()
+            yield unit
+        while rests:
+            yield rests.pop()
+
     while True:
-        rest: list[list[Row]] = []
         loader: DataLoader[_Chunk] = DataLoader(
             reader,
             batch_size=None,
-            sampler=work,  # type: ignore[arg-type] # (any iterable will do)
+            sampler=work(),  # type: ignore[arg-type] # (any iterable will do)
             num_workers=num_workers,
             prefetch_factor=2 if num_workers else None,
             collate_fn=_as_it_is,  # type: ignore[arg-type] # (called without batches)
             in_order=False,
             pin_memory=pin_memory,
         )
-        for chunk in loader:
-            rest += [[row] for row in chunk.rest]
-            yield chunk
-        if not rest:
+        try:
+            for chunk in loader:
+                if chunk.rest:
+                    rests.append(chunk.rest)
+                yield chunk
+        except (EOFError, ConnectionError) as error:  # in the middle of what it handed on
+            raise _reading_process_killed(error) from error
+        # What was left over after the loader had asked for the last work.
+        if not rests:
             return
-        work = rest
+
+
+def _size(value: Any) -> int:
+    """About the bytes that a value from a table takes."""
+    if isinstance(value, bytes | str):
+        return len(value)
+    if isinstance(value, dict):
+        return sum(map(_size, value.values()))
+    return sum(map(_size, value)) if isinstance(value, list) else 8
 
 
 def _as_it_is(chunk: _Chunk) -> _Chunk:

@@ -6,7 +6,7 @@
     OUT/errors.jsonl                   the clips that failed, if any, as {"key": ..., "error": ...}
     OUT/README.md                      tells `load_dataset` which files are data
     OUT/damaged/                       files that an earlier run could not have left like this
-    OUT/.job/                          what a running job needs: locks and the list of clips
+    OUT/.job/                          what a running job needs: locks and the list of clips; later, an empty lock
 
 A shard's own metadata repeat what it is made of, so that none is ever taken for another job's.
 """
@@ -16,7 +16,6 @@ from __future__ import annotations
 import json
 import logging
 import os
-import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -99,7 +98,10 @@ class ShardDirectory:
                 for leftover in folder.glob(".*.tmp"):
                     leftover.unlink()
             yield
-            shutil.rmtree(self.job, ignore_errors=True)
+            # But for the lock: another job may be waiting for it.
+            for file in self.job.iterdir():
+                if file.name != "first.lock":
+                    file.unlink(missing_ok=True)
 
     @contextmanager
     def joined(self, process: int) -> Iterator[None]:
@@ -133,12 +135,27 @@ class ShardDirectory:
         Raises:
             ValueError: two shards hold the same clip.
         """
-        tables = [pq.read_table(path, columns=["key"])["key"] for path, _ in self.finished()]
-        keys = pa.chunked_array([chunk for table in tables for chunk in table.chunks], type=pa.string())
+        chunks: list[pa.Array] = []
+        for path, _ in self.finished():
+            try:
+                chunks += pq.read_table(path, columns=["key"])["key"].chunks
+            except (pa.ArrowException, OSError) as error:
+                self._set_aside(path, f"{error}: its clips are done again")
+        keys = pa.chunked_array(chunks, type=pa.string())
         repeated = first_repeated(keys)
         if repeated is not None:
             raise ValueError(f"{self.data}: {repeated!r} is in the shards twice; accepted: shards as a job wrote them")
         return keys
+
+    def check_columns(self, features: Features) -> None:
+        """Raise a ValueError if the shards that are there have other columns or types."""
+        for path, _ in self.finished()[:1]:
+            found, wanted = pq.read_schema(path), features.arrow_schema
+            if not found.equals(wanted):
+                raise ValueError(
+                    f"{path} has the columns {_described(found)}, now they would be {_described(wanted)}; accepted: "
+                    "the same columns, or another directory"
+                )
 
     def next_shard(self) -> int:
         """A number above those of all shards, whole or damaged."""
@@ -201,7 +218,7 @@ class ShardDirectory:
     def write_errors(self) -> int:
         """Write down all that was noted, in place of what an earlier run had, and return how many there are."""
         noted = [path.read_text(encoding="utf-8") for path in sorted(self.job.glob("errors-*.jsonl"))]
-        lines = sorted(line for text in noted for line in text.splitlines())
+        lines = sorted(line for text in noted for line in text.split("\n") if line)
         if lines:
             with replacing(self.errors) as temporary:
                 temporary.write_text("\n".join(lines) + "\n", encoding="utf-8")
@@ -231,7 +248,8 @@ class ShardDirectory:
                 )
 
     def _set_aside(self, path: Path, why: str) -> None:
-        target = self.path / "damaged" / path.name
+        # Under a name that nothing takes for data.
+        target = self.path / "damaged" / f"{path.name}.damaged"
         while target.exists():
             target = target.with_name(target.name + "~")
         target.parent.mkdir(exist_ok=True)
@@ -322,6 +340,10 @@ class ShardWriter:
         columns = [arrow_column([row[field.name] for row in rows], field.type) for field in self.schema]
         table = pa.Table.from_arrays(columns, schema=self.schema)
         self.directory.write_shard(self.take_number(), table, seconds)
+
+
+def _described(schema: pa.Schema) -> str:
+    return ", ".join(f"{field.name} ({field.type})" for field in schema)
 
 
 def first_repeated(keys: pa.ChunkedArray) -> str | None:

@@ -193,6 +193,8 @@ class JsonLinesSource(Source):
                         fields = json.loads(text.decode("utf-8-sig"))
                         if not isinstance(fields, dict):
                             raise ValueError("no object")
+                        if b"\\ud" in text.lower():  # half a surrogate pair is no text
+                            json.dumps(fields, ensure_ascii=False).encode()
                         yield Row(f"line {number}", at=(offset, len(text))), fields
                     except ValueError as error:
                         yield Problem(f"line {number}", f"{error}; accepted: a JSON object a line"), None
@@ -209,7 +211,7 @@ class JsonLinesSource(Source):
 
     def _infer_types(self, types: dict[str, pa.DataType], lines: list[dict[str, Any]]) -> None:
         # Of the audio's column its path is carried along.
-        carried = {name for line in lines for name in line} - {self.key_column}
+        carried = {name for line in lines for name in line} - {"key", self.key_column}
         if not all(isinstance(line.get(self.column), str | None) for line in lines):
             carried.discard(self.column)
         for name in sorted(carried):
@@ -219,7 +221,7 @@ class JsonLinesSource(Source):
                     [pa.schema({name: types.get(name, pa.null())}), pa.schema({name: found})],
                     promote_options="permissive",
                 )
-            except (pa.ArrowInvalid, pa.ArrowTypeError) as error:
+            except (pa.ArrowInvalid, pa.ArrowTypeError, OverflowError) as error:
                 raise ValueError(f"{self.path}: {name!r} has several types ({error}); accepted: one type") from error
             types[name] = field.field(name).type
 
@@ -237,7 +239,7 @@ class _TableSource(Source):
         if self.key_column is not None and self.key_column not in features:
             accepted = ", ".join(map(repr, features))
             raise ValueError(f"{self.path} has no column {self.key_column!r}; accepted: {accepted}")
-        used = (self.column, self.key_column)
+        used = (self.column, self.key_column, "key")  # which the keys themselves are called
         self.features = Features({name: feature for name, feature in features.items() if name not in used})
 
     def _row(self, key: Any, place: str, file: str = "", at: tuple[int, ...] = ()) -> Row | Problem:
@@ -341,17 +343,17 @@ class ParquetSource(_TableSource):
 class WebDatasetSource(Source):
     """Tar files in which neighbours with the same name up to its first dot are one sample.
 
-    The sample's audio is the member with an audio suffix; members with .txt, .json, .cls and .lang are carried along
-    as text. Keys are the tar's name and the sample's.
+    The sample's audio is the first member with an audio suffix; members with .txt, .json, .cls and .lang are carried
+    along as text. Keys are the tar's name and the sample's.
     """
 
     kind: ClassVar[str] = "WebDataset"
 
     def units(self) -> Iterator[list[Row | Problem]]:
-        found: set[str] = set()
+        # All of them, there or not: a tar that is added later has no other columns.
+        self.features = Features({suffix[1:]: Value("string") for suffix in _TEXT_MEMBERS})
         for name in _files_in(self.path, [".tar"], self.ignored):
-            yield from _in_lists(self._rows_of(name, found), ROWS_PER_UNIT)
-        self.features = Features({suffix[1:]: Value("string") for suffix in sorted(found)})
+            yield from _in_lists(self._rows_of(name), ROWS_PER_UNIT)
 
     def read(self, rows: Sequence[Row]) -> Iterator[tuple[Any, dict[str, Any]]]:
         for name, members in itertools.groupby(rows, key=lambda row: row.file):
@@ -364,17 +366,14 @@ class WebDatasetSource(Source):
     def _file(self, name: str) -> str:
         return os.path.join(self.path, name) if name else self.path
 
-    def _rows_of(self, name: str, found: set[str]) -> Iterator[Row | Problem]:
+    def _rows_of(self, name: str) -> Iterator[Row | Problem]:
         tar_name = name or os.path.basename(self.path)
         try:
             with tarfile.open(self._file(name), "r:") as tar:
-                files = (
-                    member for member in tar if member.isfile() and not posixpath.basename(member.name).startswith(".")
-                )
+                files = filter(_is_part_of_sample, tar)
                 for sample, members in itertools.groupby(files, key=lambda member: _sample_name(member.name)):
                     parts = list(members)
                     suffixes = {os.path.splitext(part.name)[1].lower() for part in parts}
-                    found |= suffixes.intersection(_TEXT_MEMBERS)
                     key = f"{tar_name}/{sample}"
                     stop = parts[-1].offset_data + -(-parts[-1].size // tarfile.BLOCKSIZE) * tarfile.BLOCKSIZE
                     if suffixes.isdisjoint(AUDIO_SUFFIXES):
@@ -386,18 +385,20 @@ class WebDatasetSource(Source):
 
     def _sample(self, data: bytes) -> tuple[Any, dict[str, Any]]:
         texts: dict[str, Any] = dict.fromkeys(self.features)
-        audio: Any = ValueError("no audio; accepted: files that do not change during a job")
+        audio: Any = None
         try:
             with tarfile.open(fileobj=io.BytesIO(data), mode="r:") as tar:
-                for member in tar:
+                for member in filter(_is_part_of_sample, tar):
                     suffix = os.path.splitext(member.name)[1].lower()
                     content = tar.extractfile(member)
-                    if content is not None and suffix in AUDIO_SUFFIXES:
+                    if content is not None and suffix in AUDIO_SUFFIXES and audio is None:
                         audio = content.read()
                     elif content is not None and suffix[1:] in texts:
                         texts[suffix[1:]] = content.read().decode("utf-8")
         except (tarfile.TarError, UnicodeDecodeError) as error:
-            audio = ValueError(f"damaged in its tar file: {error}")
+            return ValueError(f"damaged in its tar file: {error}"), texts
+        if audio is None:
+            return ValueError("no audio; accepted: files that do not change during a job"), texts
         return audio, texts
 
 
@@ -473,12 +474,11 @@ def _files_in(path: str, suffixes: Sequence[str], ignored: str | None = None) ->
     def fail(error: OSError) -> None:
         raise error
 
-    for folder, folders, files in os.walk(path, onerror=fail):
-        folders[:] = sorted(
-            name
-            for name in folders
-            if not name.startswith(".") and os.path.realpath(os.path.join(folder, name)) != ignored
-        )
+    seen = {ignored, os.path.realpath(path)}  # links may lead in circles
+    for folder, folders, files in os.walk(path, onerror=fail, followlinks=True):
+        inside = [(name, os.path.realpath(os.path.join(folder, name))) for name in sorted(folders)]
+        folders[:] = [name for name, real in inside if not name.startswith(".") and real not in seen]
+        seen.update(real for _, real in inside)
         for name in sorted(files):
             if not name.startswith(".") and os.path.splitext(name)[1].lower() in suffixes:
                 yield os.path.relpath(os.path.join(folder, name), path).replace(os.sep, "/")
@@ -488,6 +488,10 @@ def _in_lists(items: Iterable[Item], length: int) -> Iterator[list[Item]]:
     iterator = iter(items)
     while taken := list(itertools.islice(iterator, length)):
         yield taken
+
+
+def _is_part_of_sample(member: tarfile.TarInfo) -> bool:
+    return member.isfile() and not posixpath.basename(member.name).startswith(".")
 
 
 def _sample_name(member: str) -> str:
