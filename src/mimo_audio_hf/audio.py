@@ -55,6 +55,9 @@ AUDIO_FORMATS = {  # extension: libsndfile's format and subtype
     ".mp3": ("MP3", "MPEG_LAYER_III"),
 }
 
+# Files that are taken for audio in a folder.
+AUDIO_SUFFIXES = (*AUDIO_FORMATS, ".aif", ".aiff", ".au", ".caf", ".opus", ".w64")
+
 
 def load_audio(source: AudioSource, sampling_rate: int = 24000) -> torch.Tensor:
     """Read audio as mono samples at a given rate: the channels are averaged, then resampled.
