@@ -291,8 +291,8 @@ def run_evaluate(args: argparse.Namespace) -> int:
         progress=None,
     )
     failures = problems | evaluation.failures
-    for name, error in failures.items():
-        _report(error if name in error else f"{name}: {error}")
+    for name, reason in failures.items():
+        _report(reason if name in reason else f"{name}: {reason}")
     paths = evaluation.save(args.output)
     print(evaluation.to_markdown())
     done = len(clips) - len(evaluation.failures)

@@ -17,7 +17,7 @@ import multiprocessing
 import os
 import platform
 import time
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
@@ -176,7 +176,7 @@ class Evaluation:
     def to_markdown(self) -> str:
         """A table laid out like the one of upstream's README, and below it what it does not tell."""
         subsets = self.subsets
-        titles = [f"{subset}: {_COLUMNS[metric][0]}" for subset in subsets for metric in self.metrics]
+        titles = [f"{subset}: {_COLUMNS[metric][0]}" for subset, metric in itertools.product(subsets, self.metrics)]
         rows = [["codebooks", "bit/s", *titles, "RTF"]]
         for count, bitrate in self.bitrates.items():
             means = [self.mean(metric, subset, count) for subset in subsets for metric in self.metrics]
@@ -552,7 +552,7 @@ class _PendingScores:
             scores, reasons = self.scores.result()
         except BrokenProcessPool as error:
             raise OSError(
-                f"a worker process died at or near {self.clip.key}, perhaps for want of memory; accepted: fewer workers"
+                f"a worker process died at or near {self.clip.key}, perhaps of want of memory; accepted: fewer workers"
             ) from error
         if isinstance(self.speaker_similarity, str):
             reasons[SPEAKER_SIMILARITY] = self.speaker_similarity
@@ -566,7 +566,7 @@ class _Clock:
 
     def __init__(self) -> None:
         self.started = time.perf_counter()
-        self.spent: Counter[str] = Counter()
+        self.spent: defaultdict[str, float] = defaultdict(float)
         self.audio_seconds = 0.0
 
     @property

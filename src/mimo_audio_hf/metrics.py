@@ -1,5 +1,5 @@
 # Copyright 2026 The mimo-audio-hf authors. Licensed under the Apache License, Version 2.0.
-"""How much of a clip, or of a model's codebooks, is left: plain functions, for evaluation and for validation in training.
+"""How much of a clip is kept, and of the codebooks used: plain functions, for evaluation and training.
 
 PESQ and STOI are those of the packages `pesq` and `pystoi`, in the extra `eval`, imported where they are called.
 """
@@ -25,7 +25,7 @@ from .feature_extraction_mimo_audio_tokenizer import MiMoAudioTokenizerFeatureEx
 # itself for the narrow-band kind, P.862.2 has no other rate.
 PESQ_RATE = 16000
 
-# A sine at full scale has a mel magnitude of about 200, the rounding to 16 bits one of about 2e-4: below is only noise.
+# A sine at full scale has a mel magnitude of about 200, rounding to 16 bits one of about 2e-4: below is only noise.
 MEL_DISTANCE_FLOOR = 1e-3
 
 
@@ -60,6 +60,8 @@ def pesq(reference: torch.Tensor, degraded: torch.Tensor, sampling_rate: int, mo
         raise ValueError(f"mode={mode!r}; accepted: 'nb' or 'wb'")
     package = require_package("pesq")
     signals = [resample(signal, sampling_rate, PESQ_RATE).numpy() for signal in _pair(reference, degraded)]
+    if not signals[0].any():
+        raise ValueError("PESQ: the reference is silent")
     try:
         return float(package.pesq(PESQ_RATE, *signals, mode))
     except package.PesqError as error:
@@ -189,8 +191,8 @@ class SpeakerVerifier:
         Raises:
             ValueError: the signals are too short for the model.
         """
-        embeddings = [self._embedding(signal, sampling_rate) for signal in _pair(reference, degraded)]
-        return torch.nn.functional.cosine_similarity(*embeddings, dim=-1).item()
+        one, other = (self._embedding(signal, sampling_rate) for signal in _pair(reference, degraded))
+        return torch.nn.functional.cosine_similarity(one, other).item()
 
     @torch.inference_mode()
     def _embedding(self, signal: torch.Tensor, sampling_rate: int) -> torch.Tensor:
