@@ -19,7 +19,7 @@ from matplotlib.image import imread
 from scipy.signal import resample_poly
 from transformers import Wav2Vec2FeatureExtractor, WavLMConfig, WavLMForXVector
 
-from mimo_audio_hf import decode_codes, encode_waveforms, load_audio
+from mimo_audio_hf import decode_codes, encode_waveforms, load_audio, load_model
 from mimo_audio_hf.cli import main
 from mimo_audio_hf.evaluation import Clip, ClipScores, Evaluation, _PendingScores, evaluate, read_sources
 from mimo_audio_hf.metrics import (
@@ -62,7 +62,7 @@ def test_pesq(speech, noisy, mode):
     assert pesq(speech, speech, RATE, mode) > 4.5
     with pytest.raises(ValueError, match="PESQ: the reference is silent"):
         pesq(torch.zeros(RATE), noisy[:RATE], RATE, mode)
-    with pytest.raises(ValueError, match="PESQ: .*1/4 second"):
+    with pytest.raises(ValueError, match="PESQ: .*1/4 of a second"):
         pesq(speech[:2000], speech[:2000], RATE, mode)
 
 
@@ -226,9 +226,9 @@ def test_dataset(tmp_path, clips_by_language, form):
         DatasetDict(test=dataset, dev=dataset.add_column("language", ["de", "de"])).save_to_disk(directory)
     else:
         directory.mkdir()
-        dataset.to_parquet(directory / "part.parquet")
+        dataset.to_parquet(directory / "validation-00000-of-00001.parquet")
     clips, _ = read_sources([directory])
-    split = "test" if form == "splits" else "data"
+    split = {"dataset": "data", "splits": "test", "parquet": "validation"}[form]
     expected = [f"{directory}:{split}:one", f"{directory}:{split}:two"]
     subsets = [split, split]
     if form == "splits":
@@ -401,6 +401,10 @@ def test_bad_arguments(clips_by_language, tiny_model, tiny_checkpoint, tmp_path,
     ):
         with pytest.raises(ValueError, match=message):
             evaluate(tiny_model, **{"clips": clips, "metrics": ["mel_distance"], "workers": 1} | options)
+
+    training = load_model("tiny", device="cpu").train()
+    with pytest.raises(ValueError, match="in training mode"):
+        evaluate(training, clips, metrics=["mel_distance"], workers=1)
 
     monkeypatch.setitem(sys.modules, "pesq", None)
     command = ["evaluate", str(clips_by_language), "-o", str(tmp_path), "--model", str(tiny_checkpoint)]

@@ -3,7 +3,7 @@
 
     pip install av  # decodes G.722
     python recipes/tiny/prepare_data.py data/tiny
-    python recipes/tiny/prepare_data.py data/tiny-compact --packages data/tiny/packages --opus --max-megabytes 45
+    python recipes/tiny/prepare_data.py data/tiny-compact --packages data/tiny/packages --opus --max-hours 3.1
 
 Needs Debian's apt-get and dpkg-deb, as they are set up. OUT gets train.parquet and validation.parquet (columns key,
 audio, text, language, speaker, source, licence, source_sampling_rate), packages/ and statistics.md. DATA.md lists the
@@ -13,6 +13,7 @@ sources with their authors and licences. What is done to the recordings is in `c
 from __future__ import annotations
 
 import argparse
+import hashlib
 import io
 import re
 import subprocess
@@ -65,7 +66,6 @@ VALIDATION_SPEAKERS = {
     "ktuberling-de",
     "ktuberling-uk",
     "tuxpaint-da",
-    "gcin-3",
 }
 
 
@@ -118,10 +118,11 @@ def _stamp_text(path: Path, language: str) -> str | None:
     return next((line.split("=", 1)[1].strip() for line in lines if line.startswith(f"{language}.utf8=")), None)
 
 
-def fish_fillets(root: Path, package: str, scripts: Path) -> Iterator[Recording]:
+def fish_fillets(root: Path, package: str) -> Iterator[Recording]:
     language = package.rsplit("-", 1)[1]
     texts = {}
-    for path in scripts.rglob(f"dialogs_{language}.lua"):
+    # What is said is in the package with the game's levels.
+    for path in unpack("fillets-ng-data", root.parent).rglob(f"dialogs_{language}.lua"):
         for match in re.finditer(r'dialogId\("([^"]+)".*\)\s*dialogStr\("(.*)"\)', path.read_text(encoding="utf-8")):
             texts[match[1]] = match[2]
     for path in sorted(root.rglob(f"sound/**/{language}/*.ogg")):
@@ -174,7 +175,6 @@ SOURCES: dict[str, Callable[[Path, str], Iterator[Recording]]] = {
     "gcin-voice": gcin,
     "pocketsphinx-testdata": librivox,
 }
-SCRIPTS = "fillets-ng-data"  # the dialogues of the two packages with their recordings
 
 
 def unpack(package: str, packages: Path) -> Path:
@@ -296,26 +296,25 @@ def encode(recording: Recording, opus: bool) -> bytes:
     return file.getvalue()
 
 
-def choose(rows: list[tuple[Recording, bytes]], budget: int) -> list[tuple[Recording, bytes]]:
-    """Clips within a number of bytes: of every speaker the same share, as far as there are so many.
+def choose(clips: list[Recording], seconds: float) -> list[Recording]:
+    """Clips of so many seconds in all: of every speaker the same share, as far as there is so much.
 
     A speaker's clips are taken evenly from the whole of them.
     """
-    speakers: dict[str, list[tuple[Recording, bytes]]] = defaultdict(list)
-    for row in rows:
-        speakers[row[0].speaker].append(row)
-    chosen: list[tuple[Recording, bytes]] = []
-    left = budget
-    for number, (_, own) in enumerate(sorted(speakers.items(), key=lambda item: sum(len(row[1]) for row in item[1]))):
-        share = left // (len(speakers) - number)
-        total = sum(len(data) for _, data in own)
-        fraction, taken = min(1.0, share / total), 0
-        for index, row in enumerate(own):
-            if int((index + 1) * fraction) > int(index * fraction) and taken + len(row[1]) <= share:
-                chosen.append(row)
-                taken += len(row[1])
-        left -= taken
-    return sorted(chosen, key=lambda row: row[0].key)
+    chosen: list[Recording] = []
+    speakers = by_speaker(clips)
+    for number, own in enumerate(sorted(speakers.values(), key=lambda own: sum(clip.seconds for clip in own))):
+        share = (seconds - sum(clip.seconds for clip in chosen)) / (len(speakers) - number)
+        fraction = min(1.0, share / sum(clip.seconds for clip in own))
+        chosen += [clip for index, clip in enumerate(own) if int((index + 1) * fraction) > int(index * fraction)]
+    return sorted(chosen, key=lambda clip: clip.key)
+
+
+def by_speaker(clips: list[Recording]) -> dict[str, list[Recording]]:
+    speakers: dict[str, list[Recording]] = defaultdict(list)
+    for clip in clips:
+        speakers[clip.speaker].append(clip)
+    return speakers
 
 
 def write(path: Path, rows: list[tuple[Recording, bytes]], suffix: str) -> None:
@@ -361,48 +360,43 @@ def main() -> None:
     parser.add_argument("--packages", type=Path, help="folder of downloaded packages (default: OUT/packages)")
     parser.add_argument("--sources", nargs="+", choices=list(SOURCES), default=list(SOURCES), help="(default: all)")
     parser.add_argument("--opus", action="store_true", help=f"Opus at {OPUS_BITRATE // 1000} kbit/s instead of FLAC")
-    parser.add_argument("--max-megabytes", type=float, help="of both files: fewer clips, evenly from all speakers")
+    parser.add_argument("--max-hours", type=float, help="of both files: fewer clips, evenly from all speakers")
     parser.add_argument("--workers", type=int, default=2, help="processes (default: %(default)s)")
     args = parser.parse_args()
     packages = (args.packages or args.output / "packages").resolve()
 
     recordings: list[Recording] = []
     for package in args.sources:
-        find = SOURCES[package]
-        if find is fish_fillets:
-            find = partial(fish_fillets, scripts=unpack(SCRIPTS, packages))
-        recordings += find(unpack(package, packages), package)
+        recordings += SOURCES[package](unpack(package, packages), package)
 
     dropped: Counter[tuple[str, str]] = Counter()
-    speakers: dict[str, list[Recording]] = defaultdict(list)
+    cleaned: list[Recording] = []
     seen: set[bytes] = set()
     with ProcessPoolExecutor(args.workers) as pool:
         done = pool.map(clean, recordings, chunksize=16)
         for recording, result in tqdm(zip(recordings, done, strict=True), total=len(recordings), unit="file"):
             if isinstance(result, str):
                 dropped[recording.source, result] += 1
-            elif (content := result.samples.tobytes()) in seen:
+            elif (content := hashlib.sha256(result.samples).digest()) in seen:
                 dropped[recording.source, "twice"] += 1
             else:
                 seen.add(content)
-                speakers[result.speaker].append(result)
-        seen.clear()
-        clips = [clip for own in speakers.values() for clip in join(own)]
-        encoded = pool.map(partial(encode, opus=args.opus), clips, chunksize=16)
-        rows = list(tqdm(zip(clips, encoded, strict=True), total=len(clips), unit="clip"))
-
-    splits = {
-        "train": [row for row in rows if row[0].speaker not in VALIDATION_SPEAKERS],
-        "validation": [row for row in rows if row[0].speaker in VALIDATION_SPEAKERS],
-    }
-    if args.max_megabytes is not None:
-        # Parquet adds a little, and validation needs no more than a tenth.
-        budget = int(args.max_megabytes * 1e6 * 0.98)
-        splits["validation"] = choose(splits["validation"], budget // 10)
-        splits["train"] = choose(splits["train"], budget - sum(len(data) for _, data in splits["validation"]))
-    for split, own in splits.items():
-        write(args.output / f"{split}.parquet", own, "opus" if args.opus else "flac")
-    report = statistics(splits, dropped)
+                cleaned.append(result)
+        clips = [clip for own in by_speaker(cleaned).values() for clip in join(own)]
+        splits = {
+            "train": [clip for clip in clips if clip.speaker not in VALIDATION_SPEAKERS],
+            "validation": [clip for clip in clips if clip.speaker in VALIDATION_SPEAKERS],
+        }
+        if args.max_hours is not None:
+            seconds = args.max_hours * 3600
+            splits["validation"] = choose(splits["validation"], seconds / 20)
+            splits["train"] = choose(splits["train"], seconds - sum(clip.seconds for clip in splits["validation"]))
+        rows: dict[str, list[tuple[Recording, bytes]]] = {}
+        for split, own in splits.items():
+            encoded = pool.map(partial(encode, opus=args.opus), own, chunksize=16)
+            rows[split] = list(tqdm(zip(own, encoded, strict=True), total=len(own), unit="clip", desc=split))
+            write(args.output / f"{split}.parquet", rows[split], "opus" if args.opus else "flac")
+    report = statistics(rows, dropped)
     (args.output / "statistics.md").write_text(report, encoding="utf-8")
     print(report)
 

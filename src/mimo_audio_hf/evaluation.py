@@ -275,7 +275,7 @@ def evaluate(
     """Encode and decode clips, and compare what comes back with what went in.
 
     Args:
-        model: a tokenizer with a decoder; runs where it is.
+        model: a tokenizer with a decoder, in evaluation mode; runs where it is.
         clips: what [`read_sources`] gives; read when they are needed, a batch at a time.
         num_quantizers: numbers of codebooks to decode; all of the model's by default.
         metrics: names in `METRICS`.
@@ -298,6 +298,10 @@ def evaluate(
     if model.decoder is None:
         name = model.config.name_or_path
         raise ValueError(f"{name} holds an encoder only: it cannot decode; accepted: a model with a decoder")
+    if model.training:
+        raise ValueError(
+            "the model is in training mode, in which encoding changes its codebooks; accepted: model.eval()"
+        )
     require_metrics(metrics)
     if not clips:
         raise ValueError("there are no clips to evaluate; accepted: one or more")
@@ -425,7 +429,8 @@ def read_sources(
 
     A folder is searched for audio files; files in its subfolders are averaged by the first of these (`zh/a.wav` with
     `zh/b/c.wav`). A dataset is what `save_to_disk` wrote, or a directory of Parquet files; its clips are averaged by
-    the column `language` where there is one, else by split, and named by the column `key` or `id`. A list has lines
+    the column `language` where there is one, else by split (`train` if nothing names it), and named by the column
+    `key` or `id`. A list has lines
     `name|prompt text|prompt audio|text` or, with one field more, `...|audio`, as Seed-TTS-Eval's meta.lst; paths are
     relative to it, and its clips are averaged under the name of its folder, which is their language there.
 
@@ -480,10 +485,8 @@ def _open_dataset(directory: Path) -> datasets.DatasetDict | None:
         if isinstance(loaded, datasets.Dataset):
             return datasets.DatasetDict({str(loaded.split or directory.resolve().name): loaded})
         return loaded
-    files = sorted(map(str, directory.rglob("*.parquet")))
-    if files:
-        dataset = datasets.Dataset.from_parquet(files)
-        return datasets.DatasetDict({directory.resolve().name: dataset})
+    if next(directory.rglob("*.parquet"), None) is not None:
+        return datasets.load_dataset("parquet", data_dir=str(directory))
     return None
 
 
