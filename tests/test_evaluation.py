@@ -350,7 +350,8 @@ def test_command(clips_by_language, tiny_checkpoint, tmp_path, capsys):
     assert silent["reasons"] == {"stoi": "STOI: the reference is silent"}
     assert list(silent["scores"]) == ["mel_distance"]
     means = {(row["subset"], row["num_quantizers"]): row for row in result["means"]}
-    assert list(means) == [(subset, count) for subset in ("en", "zh", "bad") for count in (8, 20)]
+    assert list(means) == [(subset, count) for subset in (None, "en", "zh", "bad") for count in (8, 20)]
+    assert means[None, 8]["stoi"]["clips"] == 3
     assert means["bad", 8]["stoi"] == {"mean": None, "clips": 0}
     assert means["bad", 8]["mel_distance"]["clips"] == 2
     eight = [clip for clip in result["clips"] if clip["num_quantizers"] == 8]
@@ -431,3 +432,16 @@ def test_means_leave_out_what_is_not_defined():
     assert evaluation.mean("stoi", "set", 8).value == 0.75
     assert evaluation.mean("stoi", "set", 8).clips == 2
     assert math.isnan(evaluation.mean("stoi", "other", 8).value)
+
+
+def test_many_subsets_are_rows(tmp_path):
+    clips = [ClipScores(f"{i}", f"set{i}", 1.0, 8, {"stoi": i / 10}, {}) for i in range(6)]
+    evaluation = Evaluation(
+        {"name": "m", "dtype": "d", "device": "c"}, ["stoi"], None, clips, {}, [], {8: 1.0}, {8: 2}
+    )
+    header, _, everything, *rows = evaluation.to_markdown().split("\n\n")[0].splitlines()
+    assert header == "| set | codebooks | bit/s | STOI | RTF |"
+    assert everything == "| all | 8 | 1 | 0.25 | 2.0000 |"
+    assert rows == [f"| set{i} | 8 | 1 | {i / 10:.2f} | 2.0000 |" for i in range(6)]
+    evaluation.save_plot(tmp_path / "plot.png")
+    assert (tmp_path / "plot.png").exists()

@@ -70,6 +70,9 @@ _COLUMNS: dict[str, tuple[str, int]] = {
     "mel_distance": ("mel distance", 3),
 }
 
+# So many subsets stand beside each other in a table or a plot.
+_MOST_COLUMNS = 4
+
 _ACCEPTED = (
     "accepted: a folder of audio files, a dataset (a directory that datasets saved, or of Parquet files), or a list "
     "in the format of Seed-TTS-Eval's meta.lst"
@@ -150,16 +153,17 @@ class Evaluation:
         """Names of the subsets, in the order of the clips."""
         return list(dict.fromkeys(clip.subset for clip in self.clips))
 
-    def mean(self, metric: str, subset: str, num_quantizers: int) -> Mean:
+    def mean(self, metric: str, subset: str | None, num_quantizers: int) -> Mean:
+        """Over a subset, or over all clips (None)."""
         values = [
             clip.scores[metric]
             for clip in self.clips
-            if clip.subset == subset and clip.num_quantizers == num_quantizers and metric in clip.scores
+            if subset in (None, clip.subset) and clip.num_quantizers == num_quantizers and metric in clip.scores
         ]
         return Mean(sum(values) / len(values) if values else float("nan"), len(values))
 
     def to_dict(self) -> dict[str, Any]:
-        """Everything, for JSON: means first. A mean over no clips is None."""
+        """Everything, for JSON. A mean over no clips is None; the subset None is all clips."""
         content = asdict(self)
         clips, failures = content.pop("clips"), content.pop("failures")
         means = [
@@ -169,22 +173,23 @@ class Evaluation:
                 for metric in self.metrics
                 for mean in [self.mean(metric, subset, count)]
             }
-            for subset, count in itertools.product(self.subsets, self.bitrates)
+            for subset, count in itertools.product([None, *self.subsets], self.bitrates)
         ]
         return content | {"means": means, "failures": failures, "clips": clips}
 
     def to_markdown(self) -> str:
-        """A table laid out like the one of upstream's README, and below it what it does not tell."""
+        """A table, laid out like upstream's README where there are few subsets, and what it does not tell below."""
         subsets = self.subsets
-        titles = [f"{subset}: {_COLUMNS[metric][0]}" for subset, metric in itertools.product(subsets, self.metrics)]
-        rows = [["codebooks", "bit/s", *titles, "RTF"]]
-        for count, bitrate in self.bitrates.items():
-            means = [self.mean(metric, subset, count) for subset in subsets for metric in self.metrics]
-            digits = [_COLUMNS[metric][1] for _ in subsets for metric in self.metrics]
-            cells = [
-                f"{mean.value:.{places}f}" if mean.clips else "-" for mean, places in zip(means, digits, strict=True)
-            ]
-            rows.append([str(count), f"{bitrate:.0f}", *cells, f"{self.real_time_factors[count]:.4f}"])
+        titles = [_COLUMNS[metric][0] for metric in self.metrics]
+        if len(subsets) <= _MOST_COLUMNS:
+            rows = [["codebooks", "bit/s", *(f"{subset}: {title}" for subset in subsets for title in titles), "RTF"]]
+            for count in self.bitrates:
+                first, *cells, last = self._cells(subsets, count)
+                rows.append([str(count), first, *cells, last])
+        else:
+            rows = [["set", "codebooks", "bit/s", *titles, "RTF"]]
+            for subset, count in itertools.product([None, *subsets], self.bitrates):
+                rows.append([subset or "all", str(count), *self._cells([subset], count)])
         seconds = {(clip.subset, clip.key): clip.seconds for clip in self.clips}
         sizes = Counter(subset for subset, _ in seconds)
         notes = [
@@ -209,8 +214,18 @@ class Evaluation:
         ]
         return "\n\n".join([_markdown_table(rows), *notes, _markdown_table(use)]) + "\n"
 
+    def _cells(self, subsets: Sequence[str | None], count: int) -> list[str]:
+        """Bitrate, the means of subsets, and RTF at a number of codebooks."""
+        means = []
+        for subset, metric in itertools.product(subsets, self.metrics):
+            mean = self.mean(metric, subset, count)
+            means.append(f"{mean.value:.{_COLUMNS[metric][1]}f}" if mean.clips else "-")
+        return [f"{self.bitrates[count]:.0f}", *means, f"{self.real_time_factors[count]:.4f}"]
+
     def save_plot(self, path: str | os.PathLike[str]) -> None:
-        """A rate-quality plot, a panel for each metric, a line for each subset, in the format of the path's suffix.
+        """A rate-quality plot in the format of the path's suffix: a panel for each metric, a line for each subset.
+
+        Where there are many subsets, one line is for all clips.
 
         Raises:
             ModuleNotFoundError: matplotlib is not installed; the message names the extra.
@@ -222,10 +237,13 @@ class Evaluation:
         figure = Figure(figsize=(3.2 * len(self.metrics), 3.2), layout="constrained")
         panels = figure.subplots(1, len(self.metrics), squeeze=False)[0]
         counts = sorted(self.bitrates)
+        lines = self.subsets if len(self.subsets) <= _MOST_COLUMNS else [None]
         for panel, metric in zip(panels, self.metrics, strict=True):
-            for subset in self.subsets:
+            for subset in lines:
                 values = [self.mean(metric, subset, count).value for count in counts]
-                panel.plot([self.bitrates[count] / 1000 for count in counts], values, marker="o", label=subset)
+                panel.plot(
+                    [self.bitrates[count] / 1000 for count in counts], values, marker="o", label=subset or "all"
+                )
             panel.set(title=_COLUMNS[metric][0], xlabel="kbit/s")
             panel.grid(alpha=0.3)
         panels[0].legend()
