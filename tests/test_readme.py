@@ -52,8 +52,7 @@ def test_python_examples(workplace, tiny_checkpoint):
 
 
 def test_command_line_examples(workplace, tiny_checkpoint, capsys):
-    (commands,) = blocks("console")
-    for line in commands.splitlines():
+    for line in "".join(blocks("console")).splitlines():
         program, command, *arguments = shlex.split(line.replace(RELEASED_MODEL, str(tiny_checkpoint)))
         assert program == "mimo-audio"
         if command not in ("info", "init", "hub"):  # for the released model, which is the others' default
@@ -68,6 +67,7 @@ def test_command_line_examples(workplace, tiny_checkpoint, capsys):
         "speech.wav": frames,
         "other.flac": 30001,
     }
+    assert Path("evaluation", "evaluation.md").is_file()
     assert Path("my-repository", "modeling_mimo_audio_tokenizer.py").is_file()
 
 

@@ -28,6 +28,7 @@ from . import codes as code_files
 from .audio import AUDIO_FORMATS, AUDIO_SUFFIXES, load_audio, save_audio
 from .checkpoints import PRESETS, RELEASED_MODEL, init_checkpoint, load_model
 from .codes import AudioCodes
+from .evaluation import METRICS, evaluate, read_sources, require_free, require_metrics
 from .hub import add_hub_command
 from .inference import (
     MAX_BATCH_SECONDS,
@@ -37,6 +38,7 @@ from .inference import (
     group_by_seconds,
 )
 from .jobs import JobOptions, Summary, detokenize_job, tokenize_job
+from .metrics import SpeakerVerifier, codebook_use, require_package
 from .modeling_mimo_audio_tokenizer import ATTENTION_BACKENDS, MiMoAudioTokenizerModel
 from .version import __version__
 
@@ -254,6 +256,95 @@ def run_detokenize(args: argparse.Namespace) -> int:
     return _report_job("decoded", args, summary)
 
 
+def add_evaluate(subparsers: Subparsers) -> None:
+    parser = subparsers.add_parser(
+        "evaluate",
+        help="what a model keeps of speech: PESQ, STOI, speaker similarity, codebook use",
+        description="Encode and decode clips and compare what comes back with what went in, at any numbers of "
+        "codebooks. Writes evaluation.json (every clip's scores), evaluation.md (tables) and evaluation.png (a "
+        "rate-quality plot). Needs the packages of mimo-audio-hf[eval].",
+    )
+    parser.add_argument(
+        "sources",
+        nargs="+",
+        type=_path,
+        metavar="SOURCE",
+        help="a folder of audio files, a dataset (a directory that datasets saved, or of Parquet files), or a list in "
+        "the format of Seed-TTS-Eval's meta.lst",
+    )
+    parser.add_argument(
+        "-o",
+        "--output",
+        type=_path,
+        required=True,
+        metavar="OUT",
+        help="folder to write to; made if it does not exist",
+    )
+    parser.add_argument(
+        "--num-quantizers",
+        type=_positive_count,
+        nargs="+",
+        metavar="N",
+        help="numbers of codebooks to evaluate, each from the first (default: all)",
+    )
+    parser.add_argument(
+        "--metrics", nargs="+", choices=list(METRICS), default=list(METRICS), help="what to compute (default: all)"
+    )
+    parser.add_argument(
+        "--speaker-model",
+        metavar="M",
+        help="for the speaker similarity: a Hub id or a directory of an x-vector model of transformers, such as "
+        "microsoft/wavlm-base-plus-sv (default: not computed)",
+    )
+    parser.add_argument("--audio-column", default="audio", metavar="C", help="of datasets (default: %(default)s)")
+    parser.add_argument(
+        "--list-audio",
+        choices=["prompt", "target"],
+        default="prompt",
+        help="which audio of a list: the prompts, each once, or the recordings of the texts (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--workers", type=_positive_count, metavar="N", help="processes for the metrics (default: one per processor)"
+    )
+    _add_model_options(parser)
+    _add_batch_seconds(parser)
+    parser.set_defaults(run=run_evaluate)
+
+
+def run_evaluate(args: argparse.Namespace) -> int:
+    started = time.perf_counter()
+    require_free(args.output)
+    try:
+        require_metrics(args.metrics)
+        require_package("matplotlib")
+    except ModuleNotFoundError as error:
+        raise ValueError(error) from error
+    clips, problems = read_sources(args.sources, audio_column=args.audio_column, list_audio=args.list_audio)
+    model = _load_converter(args, None if args.num_quantizers is None else max(args.num_quantizers), decodes=True)
+    verifier = None if args.speaker_model is None else SpeakerVerifier(args.speaker_model, model.device)
+    evaluation = evaluate(
+        model,
+        clips,
+        args.num_quantizers,
+        metrics=args.metrics,
+        speaker_verifier=verifier,
+        workers=args.workers,
+        max_batch_seconds=args.batch_seconds,
+        progress=None,
+    )
+    failures = problems | evaluation.failures
+    for name, reason in failures.items():
+        _report(reason if name in reason else f"{name}: {reason}")
+    paths = evaluation.save(args.output)
+    print(evaluation.to_markdown())
+    done = len(clips) - len(evaluation.failures)
+    print(
+        f"evaluated {done} of {_count(len(clips) + len(problems), 'clip')} in {time.perf_counter() - started:.1f} s "
+        f"-> {', '.join(map(str, paths))}"
+    )
+    return 1 if failures else 0
+
+
 COMMANDS: tuple[Callable[[Subparsers], object], ...] = (
     add_encode,
     add_decode,
@@ -262,6 +353,7 @@ COMMANDS: tuple[Callable[[Subparsers], object], ...] = (
     add_detokenize,
     add_info,
     add_init,
+    add_evaluate,
     add_hub_command,
 )
 
@@ -624,10 +716,8 @@ def _print_codes_info(path: str, codes: AudioCodes) -> None:
         ]
     )
     print("\ncodebook  entries  used  perplexity")
-    for book, (column, size) in enumerate(zip(codes.codes.t(), codes.codebook_sizes, strict=True)):
-        counts = column.bincount(minlength=size)
-        perplexity = torch.special.entr(counts / frames).sum().exp()
-        print(f"{book:8}  {size:7}  {int(counts.count_nonzero()):4}  {perplexity:10.1f}")
+    for book, use in enumerate(codebook_use([codes.codes], codes.codebook_sizes)):
+        print(f"{book:8}  {use.entries:7}  {use.used:4}  {use.perplexity:10.1f}")
 
 
 def _print_table(rows: Iterable[tuple[str, str]]) -> None:
