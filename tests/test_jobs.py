@@ -404,6 +404,54 @@ def test_bad_lines_and_tars(tokenize, folder, expected, tmp_path):
     assert "what comes before was read" in errors["x.tar"]
 
 
+@pytest.mark.parametrize("damage", ["cut between", "cut in a header", "overwritten header"])
+def test_a_tar_that_tarfile_takes_for_whole(tokenize, folder, expected, tmp_path, damage):
+    sound = (folder / next(iter(expected))).read_bytes()
+    write_tar(tmp_path / "tars" / "x.tar", {f"{index}.wav": sound for index in range(6)})
+    path = tmp_path / "tars" / "x.tar"
+    with tarfile.open(path) as tar:
+        third = tar.getmembers()[3].offset
+    data = path.read_bytes()
+    path.write_bytes(
+        {
+            "cut between": data[:third],
+            "cut in a header": data[: third + 100],
+            "overwritten header": data[:third] + b"x" * 512 + data[third + 512 :],
+        }[damage]
+    )
+    status, output, _ = tokenize(tmp_path / "tars")
+    assert status == 1
+    assert "tokenized 3 of 4 clips" in output
+    assert "its end is missing" in errors_of(tmp_path / "out")["x.tar"]
+
+
+def test_columns_with_names_of_results_are_refused(tokenize, folder, expected, tmp_path):
+    line = {"audio": str(folder / next(iter(expected))), "key": "x", "num_samples": "seven"}
+    (tmp_path / "list.jsonl").write_text(json.dumps(line))
+    status, _, errors = tokenize(tmp_path / "list.jsonl")
+    assert status == 1
+    assert "has a column 'num_samples', as the result has" in errors
+
+
+def test_a_signal_while_a_shard_is_handed_to_its_writer(tokenize, folder, expected, tmp_path, monkeypatch):
+    from mimo_audio_hf.shards import ThreadPoolExecutor
+
+    class Signalling(ThreadPoolExecutor):
+        def submit(self, function, *arguments):
+            future = super().submit(function, *arguments)
+            if function.__name__ == "_write" and not (tmp_path / "signalled").exists():
+                (tmp_path / "signalled").touch()
+                os.kill(os.getpid(), signal.SIGTERM)
+            return future
+
+    with monkeypatch.context() as patched:
+        patched.setattr("mimo_audio_hf.shards.ThreadPoolExecutor", Signalling)
+        with pytest.raises(SystemExit):
+            tokenize(folder, "--shard-clips", "10")
+    assert tokenize(folder)[0] == 0
+    check(tmp_path / "out", expected)
+
+
 def test_types_that_do_not_fit_each_other(tokenize, folder, expected, tmp_path):
     good = str(folder / next(iter(expected)))
     lines = [{"wav": good, "key": "x", "speaker": "one"}, {"wav": good, "key": "y", "speaker": 2}]

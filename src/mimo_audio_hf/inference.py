@@ -143,8 +143,8 @@ def encode_stream(
 
     def launch(batch: list[_Piece]) -> Callable[[], list[torch.Tensor]]:
         bounds = [extractor.samples_of_frames(piece.start, piece.stop, len(piece.waveform)) for piece in batch]
-        samples = [piece.waveform[first:last] for piece, (first, last) in zip(batch, bounds, strict=True)]
-        sections = _to_device(samples, device).float().split([*map(len, samples)])
+        samples = [piece.waveform[first:last].float() for piece, (first, last) in zip(batch, bounds, strict=True)]
+        sections = _to_device(samples, device).split([*map(len, samples)])
         mels = extractor.packed_log_mel_spectrogram(sections)
         lengths = [piece.stop - piece.start for piece in batch]
         sizes = [extractor.num_frames(len(section)) for section in sections]

@@ -240,6 +240,8 @@ class Detokenization(Conversion):
 
     def row(self, clip: _Clip, result: torch.Tensor) -> tuple[dict[str, Any], float]:
         waveform = result[: clip.num_samples].clone()
+        if not waveform.isfinite().all():
+            raise ValueError("NaN or infinite samples were decoded")
         return {"audio": waveform}, len(waveform) / self.model.config.sampling_rate
 
     def null_row(self) -> dict[str, Any]:
@@ -381,6 +383,9 @@ def _run(
 
 
 def _all_features(conversion: Conversion, source: Source) -> Features:
+    for name in conversion.null_row().keys() & source.features.keys():
+        if not (name == "num_samples" and conversion.task == "detokenize"):
+            raise ValueError(f"{source.path} has a column {name!r}, as the result has; accepted: a source without it")
     return conversion.features(Features({"key": Value("string"), **source.features}))
 
 
@@ -429,7 +434,11 @@ def _convert(
                 if not isinstance(result, torch.Tensor):
                     fail(clip.key, _one_line(result))
                     continue
-                row, seconds = conversion.row(clip, result)
+                try:
+                    row, seconds = conversion.row(clip, result)
+                except ValueError as error:
+                    fail(clip.key, _one_line(error))
+                    continue
                 writer.add({**clip.carried, **row, "key": clip.key}, clip.num_bytes + result.nbytes, seconds)
                 progress.add(done=1, seconds=seconds)
         except BaseException:

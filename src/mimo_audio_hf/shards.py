@@ -240,7 +240,8 @@ class ShardDirectory:
         self._check_settings(settings, self.manifest)
 
     def _check_settings(self, found: Settings, where: Path) -> None:
-        for name in {**self.settings, **found}:
+        # What the model is called may change with the directory that one stands in; its weights may not.
+        for name in {**self.settings, **found}.keys() - {"model"}:
             if found.get(name) != self.settings.get(name):
                 raise ValueError(
                     f"{where} was made with {name}={found.get(name)!r}, not {self.settings.get(name)!r}; accepted: "
@@ -326,8 +327,10 @@ class ShardWriter:
     def _flush(self) -> None:
         self._wait()
         if self._rows:
-            self._writing = self._writer.submit(self._write, self._rows, self._seconds)
+            # Taken before they are handed on: a signal in between may leave rows undone, but never has them twice.
+            rows, seconds = self._rows, self._seconds
             self._rows, self._bytes, self._seconds = [], 0, 0.0
+            self._writing = self._writer.submit(self._write, rows, seconds)
 
     def _wait(self) -> None:
         if self._writing is not None:

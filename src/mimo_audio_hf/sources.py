@@ -43,6 +43,7 @@ _PARQUET_UNIT_BYTES = 64 * 2**20
 AUDIO_COLUMNS = ("audio", "wav", "audio_filepath", "path")
 
 _LINES_PER_INFERENCE = 1000
+_TAR_DAMAGED = "{}: what comes before was read; accepted: whole, uncompressed tar files"
 _TEXT_MEMBERS = (".txt", ".json", ".cls", ".lang")
 _SOURCES = (
     "accepted: a folder of audio, .parquet or .tar files, a dataset directory, one .jsonl, .parquet or .tar file, or "
@@ -196,7 +197,7 @@ class JsonLinesSource(Source):
                         if b"\\ud" in text.lower():  # half a surrogate pair is no text
                             json.dumps(fields, ensure_ascii=False).encode()
                         yield Row(f"line {number}", at=(offset, len(text))), fields
-                    except ValueError as error:
+                    except (ValueError, RecursionError) as error:
                         yield Problem(f"line {number}", f"{error}; accepted: a JSON object a line"), None
                 offset += len(text)
 
@@ -207,7 +208,9 @@ class JsonLinesSource(Source):
         for name in (key, self.column):
             if fields.get(name) is None:
                 return Problem(found.key, f"{name!r} is missing; accepted: lines that have {name!r}")
-        return Row(str(fields[key]), at=found.at)
+        # Without a column of keys a clip is called by its path, or, if it has none, by its place.
+        named = self.key_column != self.column or isinstance(fields[key], str)
+        return Row(str(fields[key]) if named else found.key, at=found.at)
 
     def _infer_types(self, types: dict[str, pa.DataType], lines: list[dict[str, Any]]) -> None:
         # Of the audio's column its path is carried along.
@@ -288,6 +291,8 @@ class DatasetSource(_TableSource):
         else:
             dataset = load_dataset(self.path, self.config, split=self.split)
         if isinstance(dataset, Dataset):
+            if Path(self.path).is_dir() and (self.split is not None or self.config is not None):
+                raise ValueError(f"{self.path} has no configurations and splits; accepted: no --config and --split")
             return dataset
         split = self.split if self.split is not None or len(dataset) > 1 else next(iter(dataset))
         if split not in dataset:
@@ -343,7 +348,7 @@ class ParquetSource(_TableSource):
 class WebDatasetSource(Source):
     """Tar files in which neighbours with the same name up to its first dot are one sample.
 
-    The sample's audio is the first member with an audio suffix; members with .txt, .json, .cls and .lang are carried
+    The sample's audio is its one member with an audio suffix; members with .txt, .json, .cls and .lang are carried
     along as text. Keys are the tar's name and the sample's.
     """
 
@@ -373,15 +378,19 @@ class WebDatasetSource(Source):
                 files = filter(_is_part_of_sample, tar)
                 for sample, members in itertools.groupby(files, key=lambda member: _sample_name(member.name)):
                     parts = list(members)
-                    suffixes = {os.path.splitext(part.name)[1].lower() for part in parts}
+                    suffixes = [os.path.splitext(part.name)[1].lower() for part in parts]
+                    sounds = sum(suffix in AUDIO_SUFFIXES for suffix in suffixes)
                     key = f"{tar_name}/{sample}"
                     stop = parts[-1].offset_data + -(-parts[-1].size // tarfile.BLOCKSIZE) * tarfile.BLOCKSIZE
-                    if suffixes.isdisjoint(AUDIO_SUFFIXES):
-                        yield Problem(key, f"no audio among {', '.join(part.name for part in parts)}")
+                    if sounds != 1:
+                        names = ", ".join(part.name for part in parts)
+                        yield Problem(key, f"{sounds or 'no'} audio files among {names}; accepted: one")
                     else:
                         yield Row(key, name, (parts[0].offset, stop))
+                if not _ends(self._file(name), tar.offset):
+                    yield Problem(tar_name, _TAR_DAMAGED.format("its end is missing"))
         except tarfile.TarError as error:
-            yield Problem(tar_name, f"{error}: what comes before was read; accepted: whole, uncompressed tar files")
+            yield Problem(tar_name, _TAR_DAMAGED.format(error))
 
     def _sample(self, data: bytes) -> tuple[Any, dict[str, Any]]:
         texts: dict[str, Any] = dict.fromkeys(self.features)
@@ -488,6 +497,13 @@ def _in_lists(items: Iterable[Item], length: int) -> Iterator[list[Item]]:
     iterator = iter(items)
     while taken := list(itertools.islice(iterator, length)):
         yield taken
+
+
+def _ends(path: str, offset: int) -> bool:
+    """Whether a tar file has its end mark at an offset: tarfile takes a damaged header for the end, too."""
+    with open(path, "rb") as file:
+        file.seek(offset)
+        return file.read(tarfile.BLOCKSIZE) == bytes(tarfile.BLOCKSIZE)
 
 
 def _is_part_of_sample(member: tarfile.TarInfo) -> bool:
