@@ -343,7 +343,7 @@ def test_command(clips_by_language, tiny_checkpoint, tmp_path, capsys):
     assert list(result["failures"]) == [str(bad / "damaged.wav")]
     assert result["model"]["name"] == str(tiny_checkpoint)
     assert (result["model"]["dtype"], result["speaker_model"]) == ("float32", None)
-    assert result["versions"]["torch"] == torch.__version__
+    assert torch.__version__.startswith(result["versions"]["torch"])
     assert len(result["clips"]) == 10
     assert len(result["codebooks"]) == 20
     silent = next(clip for clip in result["clips"] if clip["key"].endswith("silent.wav"))
