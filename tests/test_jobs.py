@@ -521,14 +521,15 @@ def test_a_damaged_manifest_is_made_anew(tokenize, folder, expected, tmp_path, t
 def test_other_settings_are_refused(tokenize, folder, tmp_path):
     tokenize(folder)
     before = (tmp_path / "out" / "manifest.json").read_text()
-    for options, name in (
-        (["--num-quantizers", "3"], "codebook_sizes"),
-        (["--dtype", "bfloat16"], "weights"),
-        (["--key-column", "name"], "key_column"),
+    for options, names in (
+        (["--num-quantizers", "3"], ["codebook_sizes="]),
+        (["--dtype", "bfloat16"], ["weights=", "dtype='float32', not 'bfloat16'"]),
+        (["--key-column", "name"], ["key_column=None, not 'name'"]),
     ):
         status, _, errors = tokenize(folder, *options)
         assert status == 1
-        assert f"was made with {name}=" in errors
+        for name in names:
+            assert name in errors.partition("was made with ")[2]
     (tmp_path / "out" / "manifest.json").write_text("")
     status, _, errors = tokenize(folder / "a")
     assert "train-00000.parquet was made with source=" in errors

@@ -241,12 +241,15 @@ class ShardDirectory:
 
     def _check_settings(self, found: Settings, where: Path) -> None:
         # What the model is called may change with the directory that one stands in; its weights may not.
-        for name in {**self.settings, **found}.keys() - {"model"}:
-            if found.get(name) != self.settings.get(name):
-                raise ValueError(
-                    f"{where} was made with {name}={found.get(name)!r}, not {self.settings.get(name)!r}; accepted: "
-                    "the same settings, or another directory"
-                )
+        differences = [
+            f"{name}={found.get(name)!r}, not {self.settings.get(name)!r}"
+            for name in dict.fromkeys((*self.settings, *found))
+            if name != "model" and found.get(name) != self.settings.get(name)
+        ]
+        if differences:
+            raise ValueError(
+                f"{where} was made with {'; '.join(differences)}; accepted: the same settings, or another directory"
+            )
 
     def _set_aside(self, path: Path, why: str) -> None:
         # Under a name that nothing takes for data.
