@@ -499,5 +499,5 @@ def test_the_module_runs_and_lists_its_commands():
     done = subprocess.run([sys.executable, "-m", "mimo_audio_hf.cli", "--help"], capture_output=True, text=True)
     assert done.returncode == 0
     assert done.stderr == ""
-    for command in ("encode", "decode", "roundtrip", "info", "init"):
+    for command in ("encode", "decode", "roundtrip", "info", "init", "evaluate"):
         assert command in done.stdout

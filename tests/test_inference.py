@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 
 import numpy as np
@@ -10,7 +11,13 @@ import torch
 
 from mimo_audio_hf import MiMoAudioTokenizerConfig, MiMoAudioTokenizerFeatureExtractor, MiMoAudioTokenizerModel
 from mimo_audio_hf.checkpoints import PRESETS
-from mimo_audio_hf.inference import convert_each, decode_codes, encode_waveforms, group_by_seconds
+from mimo_audio_hf.inference import (
+    _run_in_batches,
+    convert_each,
+    decode_codes,
+    encode_waveforms,
+    group_by_seconds,
+)
 
 
 # Samples: odd and even numbers of frames, one too short for the STFT's padding, and no order.
@@ -27,6 +34,12 @@ def waveforms() -> list[torch.Tensor]:
 @pytest.fixture(scope="module")
 def codes(tiny_model, waveforms) -> list[torch.Tensor]:
     return encode_waveforms(tiny_model, waveforms)
+
+
+@pytest.fixture
+def batches_on_the_cpu(monkeypatch):
+    """As on a GPU: several clips at once."""
+    monkeypatch.setattr("mimo_audio_hf.inference._gains_from_batches", lambda device: True)
 
 
 @pytest.fixture(scope="module")
@@ -47,7 +60,7 @@ def test_codes_are_those_of_the_models_own_encode(tiny_model, waveforms, codes):
 
 
 @pytest.mark.parametrize("max_batch_seconds", [0.1, 0.6, math.inf])
-def test_codes_do_not_depend_on_the_batches(tiny_model, waveforms, codes, max_batch_seconds):
+def test_codes_do_not_depend_on_the_batches(tiny_model, waveforms, codes, max_batch_seconds, batches_on_the_cpu):
     batched = encode_waveforms(tiny_model, waveforms, max_batch_seconds=max_batch_seconds)
     for clip, expected in zip(batched, codes, strict=True):
         assert torch.equal(clip, expected)
@@ -79,7 +92,7 @@ def test_waveforms_are_those_of_the_models_own_decode(tiny_model, codes):
 
 
 @pytest.mark.parametrize("max_batch_seconds", [0.1, 0.6, math.inf])
-def test_waveforms_do_not_depend_on_the_batches(tiny_model, codes, max_batch_seconds):
+def test_waveforms_do_not_depend_on_the_batches(tiny_model, codes, max_batch_seconds, batches_on_the_cpu):
     alone = [decode_codes(tiny_model, [clip])[0] for clip in codes]
     for waveform, expected in zip(
         decode_codes(tiny_model, codes, max_batch_seconds=max_batch_seconds), alone, strict=True
@@ -87,7 +100,7 @@ def test_waveforms_do_not_depend_on_the_batches(tiny_model, codes, max_batch_sec
         torch.testing.assert_close(waveform, expected, rtol=0, atol=1e-5)
 
 
-def test_clips_with_several_numbers_of_codebooks_and_integer_dtypes(tiny_model, codes):
+def test_clips_with_several_numbers_of_codebooks_and_integer_dtypes(tiny_model, codes, batches_on_the_cpu):
     mixed = [codes[0][:, :8].short(), codes[1], codes[2][:, :8], codes[3][:, :1].int()]
     for waveform, clip in zip(decode_codes(tiny_model, mixed), mixed, strict=True):
         torch.testing.assert_close(waveform, decode_codes(tiny_model, [clip])[0], rtol=0, atol=1e-5)
@@ -98,7 +111,84 @@ def test_nothing_gives_nothing(tiny_model):
     assert decode_codes(tiny_model, []) == []
 
 
-def test_progress_counts_the_seconds_of_every_batch(tiny_model, waveforms, codes):
+def test_long_audio_is_encoded_in_pieces_of_a_minute(tiny_model, monkeypatch):
+    monkeypatch.setattr("mimo_audio_hf.inference.MAX_PIECE_FRAMES", 60)
+    extractor = MiMoAudioTokenizerFeatureExtractor.from_config(tiny_model.config)
+    generator = torch.Generator().manual_seed(1)
+    for frames in (60, 61, 121, 180, 181):  # one piece; a last piece of one frame; whole pieces
+        for extra in (0, 239):
+            waveform = torch.randn((frames - 1) * 240 + extra, generator=generator) * 0.1
+            mel = extractor.log_mel_spectrogram(waveform)
+            pieces = [tiny_model.encode(piece[None]).audio_codes[0].t() for piece in mel.split(60, dim=1)]
+            (codes,) = encode_waveforms(tiny_model, [waveform])
+            assert torch.equal(codes, torch.cat(pieces))
+
+
+class Memory:
+    """A device that holds so many seconds: runs batches of numbers, each its own duration."""
+
+    def __init__(self, seconds: float) -> None:
+        self.seconds = seconds
+        self.ran: list[list[float]] = []
+
+    def run(self, items, max_batch_seconds: float):
+        def launch(batch):
+            if sum(batch) > self.seconds:
+                raise torch.OutOfMemoryError("out of memory")
+            self.ran.append(batch)
+            return lambda: [-item for item in batch]
+
+        return list(_run_in_batches(launch, items, float, max_batch_seconds, torch.device("cuda"), None))
+
+
+def test_out_of_memory_means_smaller_batches_from_there_on():
+    memory = Memory(4)
+    items = [1.0] * 20
+    assert memory.run(items, 10) == [(1.0, -1.0)] * 20
+    assert max(map(len, memory.ran)) == 2  # 10 and 5 do not fit, 2.5 does
+    assert sum(memory.ran, []) == items
+
+
+def test_an_item_that_never_fits_fails_alone():
+    memory = Memory(4)
+    results = memory.run([1.0, 1.0, 5.0, 1.0, 3.0], 100)
+    assert [item for item, _ in results] == [1.0, 1.0, 5.0, 1.0, 3.0]
+    assert isinstance(results[2][1], torch.OutOfMemoryError)
+    assert [result for index, (_, result) in enumerate(results) if index != 2] == [-1.0, -1.0, -1.0, -3.0]
+
+
+def test_a_batch_is_launched_before_the_one_before_it_is_collected():
+    events: list[str] = []
+
+    def launch(batch):
+        events.append(f"launch {batch[0]}")
+        return lambda: events.append(f"collect {batch[0]}") or batch
+
+    list(_run_in_batches(launch, [1, 2, 3], float, 1, torch.device("cuda"), None))
+    assert events == ["launch 1", "launch 2", "collect 1", "launch 3", "collect 2", "collect 3"]
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
+def test_batches_on_a_gpu_give_what_the_cpu_gives(tiny_model, monkeypatch):
+    """Many batches in flight, copies through pinned memory, and clips in pieces."""
+    monkeypatch.setattr("mimo_audio_hf.inference.MAX_PIECE_FRAMES", 250)
+    generator = torch.Generator().manual_seed(2)
+    clips = [torch.randn(200 + 997 * index, generator=generator) * 0.1 for index in range(100)]
+    model = copy.deepcopy(tiny_model).to("cuda")
+    expected = encode_waveforms(tiny_model, clips)
+    codes = encode_waveforms(model, clips, max_batch_seconds=7)
+    assert [len(clip) for clip in codes] == [len(clip) for clip in expected]
+    equal = torch.cat([(clip == other).flatten() for clip, other in zip(codes, expected, strict=True)])
+    assert equal.float().mean() > 0.999
+    # The same codes for both: a code that rounding has moved would move the audio.
+    for waveform, other in zip(
+        decode_codes(model, expected, max_batch_seconds=7), decode_codes(tiny_model, expected), strict=True
+    ):
+        torch.testing.assert_close(waveform, other, rtol=0, atol=1e-3 * other.abs().max().item())
+
+
+def test_progress_counts_the_seconds_of_every_batch(tiny_model, waveforms, codes, batches_on_the_cpu):
     encoded: list[float] = []
     encode_waveforms(tiny_model, waveforms, max_batch_seconds=0.6, progress=encoded.append)
     # The longest first: 1 s is over the budget and runs alone; the others fit in 0.6 s and 0.36 s.

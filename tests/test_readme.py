@@ -11,7 +11,9 @@ import pytest
 import soundfile
 import torch
 import yaml
+from datasets import Audio, load_dataset
 
+from mimo_audio_hf import load_audio
 from mimo_audio_hf.checkpoints import RELEASED_MODEL
 from mimo_audio_hf.cli import main
 from mimo_audio_hf.training_config import TrainingConfig
@@ -22,8 +24,8 @@ README = (ROOT / "README.md").read_text()
 RECORDING = ROOT / "tests" / "fixtures" / "audio" / "prompt_speech_en_m.wav"
 
 
-def blocks(language: str) -> list[str]:
-    return re.findall(rf"```{language}\n(.*?)```", README, re.DOTALL)
+def blocks(language: str, text: str = README) -> list[str]:
+    return re.findall(rf"```{language}\n(.*?)```", text, re.DOTALL)
 
 
 @pytest.fixture
@@ -55,7 +57,7 @@ def test_command_line_examples(workplace, tiny_checkpoint, capsys):
     for line in "".join(blocks("console")).splitlines():
         program, command, *arguments = shlex.split(line.replace(RELEASED_MODEL, str(tiny_checkpoint)))
         assert program == "mimo-audio"
-        if command in ("encode", "decode", "roundtrip"):  # for the released model, which is their default
+        if command not in ("info", "init", "hub"):  # for the released model, which is the others' default
             arguments += ["--model", str(tiny_checkpoint), "--device", "cpu"]
         if command == "train":  # a little of it
             arguments += ["--max-steps", "1", "--discriminator-width", "0.1", "--mixed-precision", "no"]
@@ -64,6 +66,12 @@ def test_command_line_examples(workplace, tiny_checkpoint, capsys):
     for name in ("decoded.wav", "eight.wav", "decoded/speech.flac"):
         assert soundfile.info(name).frames == frames
     assert soundfile.info("decoded/other.flac").frames == 30001
+    back = {row["key"]: row for row in load_dataset("audio", split="train").cast_column("audio", Audio(decode=False))}
+    assert {key: len(load_audio(row["audio"]["bytes"])) for key, row in back.items()} == {
+        "speech.wav": frames,
+        "other.flac": 30001,
+    }
+    assert Path("evaluation", "evaluation.md").is_file()
     assert Path("my-repository", "modeling_mimo_audio_tokenizer.py").is_file()
     assert "1 steps of stage 2" in Path("voices-repository", "README.md").read_text()
 
@@ -72,6 +80,19 @@ def test_training_options():
     (options,) = blocks("yaml")
     config = TrainingConfig.from_values(yaml.safe_load(options))
     assert config.stage == 1 and config.learning_rate == 2e-4 and config.metrics == ["stoi", "pesq_wb"]
+
+
+def test_examples_of_scale(workplace, tiny_checkpoint):
+    """But for the Ray stage, which test_ray runs, and launchers, which test_jobs does."""
+    text = (ROOT / "docs" / "scale.md").read_text()
+    (commands,) = blocks("console", text)
+    for line in commands.splitlines():
+        assert main([*shlex.split(line)[1:], "--model", str(tiny_checkpoint), "--device", "cpu"]) == 0
+    reading, ray = blocks("python", text)
+    assert "import ray" in ray
+    namespace: dict = {}
+    exec(compile(reading, "scale.md", "exec"), namespace)
+    assert sorted(namespace["tokens"]["key"]) == ["other.flac", "speech.wav"]
 
 
 def test_first_command(workplace, monkeypatch):

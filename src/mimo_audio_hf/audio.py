@@ -41,6 +41,7 @@ _ROLLOFF = 0.99
 
 _READ_ELEMENTS = 2**14  # samples x channels decoded at a time; how precisely a decoding error can be located
 _WRITE_SAMPLES = 4096  # the OGG encoder keeps a whole write on the stack: 90 s in one go are a segmentation fault
+_JOINT_ELEMENTS = 2**18  # the largest filter of all phases together: 2 MB
 _RESAMPLE_ELEMENTS = 2**18  # samples gathered at a time, few enough to stay in the processor's cache
 
 _UNKNOWN_FRAMES = 2**63 - 1  # libsndfile's SF_COUNT_MAX: the file does not say how long it is
@@ -55,6 +56,9 @@ AUDIO_FORMATS = {  # extension: libsndfile's format and subtype
     ".mp3": ("MP3", "MPEG_LAYER_III"),
 }
 # What is looked for in folders.
+AUDIO_SUFFIXES = (*AUDIO_FORMATS, ".aif", ".aiff", ".au", ".caf", ".opus", ".w64")
+
+# Of the files that are looked for in folders.
 AUDIO_SUFFIXES = (*AUDIO_FORMATS, ".aif", ".aiff", ".au", ".caf", ".opus", ".w64")
 
 
@@ -137,7 +141,7 @@ def resample(waveform: torch.Tensor, orig_freq: int, new_freq: int) -> torch.Ten
     The same filter as ``torchaudio.functional.resample`` with its defaults. It is written out here because the last
     release of torchaudio cannot be imported beside a torch without CUDA, or with another CUDA than its own, and
     because it stores for every phase of the filter all the taps that any phase needs: gigabytes for 22051 -> 24000
-    Hz. Here a phase has its own taps only, and the work goes in chunks of bounded memory.
+    Hz. Here, at such rates, a phase has its own taps only, and the work goes in chunks of bounded memory.
 
     The filter is computed in float64 and then rounded. torchaudio computes it in the dtype of the waveform, which for
     float32 costs it up to 2e-5 of full scale at common rates; in float64 the two agree to 1e-15.
@@ -164,22 +168,10 @@ def resample(waveform: torch.Tensor, orig_freq: int, new_freq: int) -> torch.Ten
     if orig == new or waveform.shape[-1] == 0:
         return waveform
 
-    # Kept as an array, not as a tensor: one made under torch.inference_mode could not serve a backward pass later.
-    # Rounded before it is moved, for devices without float64.
-    weights = torch.from_numpy(_filter_weights(orig, new)).to(waveform.dtype).to(waveform.device)
-    taps = weights.shape[1]
-    half = taps // 2
     rows = waveform.reshape(math.prod(waveform.shape[:-1]), waveform.shape[-1])
-    # windows[:, i] are the inputs i - (half - 1) ... i + half, zero outside of the waveform; a view, not a copy.
-    windows = torch.nn.functional.pad(rows, (half - 1, half)).unfold(-1, taps, 1)
-
     length = -(-waveform.shape[-1] * new // orig)
-    output = waveform.new_empty(len(rows), length)
-    step = max(1, _RESAMPLE_ELEMENTS // max(1, len(rows) * taps))
-    for start in range(0, length, step):
-        index = torch.arange(start, min(start + step, length), device=waveform.device)
-        output[:, start : start + step] = (windows[:, index * orig // new] * weights[index % new]).sum(-1)
-    return output.reshape(*waveform.shape[:-1], length)
+    resampled = _resample_by_products if _joint_taps(orig, new) * new <= _JOINT_ELEMENTS else _resample_by_phases
+    return resampled(rows, orig, new, length).reshape(*waveform.shape[:-1], length)
 
 
 def save_audio(path: str | os.PathLike[str], waveform: torch.Tensor | np.ndarray, sampling_rate: int) -> None:
@@ -201,34 +193,112 @@ def save_audio(path: str | os.PathLike[str], waveform: torch.Tensor | np.ndarray
     path = Path(path)
     if path.suffix.lower() not in AUDIO_FORMATS:
         raise ValueError(f"{path}: unsupported extension {path.suffix!r}; accepted: {', '.join(AUDIO_FORMATS)}")
-    file_format, subtype = AUDIO_FORMATS[path.suffix.lower()]
+    # Checked before anything is touched.
+    samples = _samples_to_write(str(path), waveform, sampling_rate)
+    with replacing(path) as temporary:
+        temporary.touch(exist_ok=False)  # says why it fails, unlike libsndfile
+        _write(temporary, samples, sampling_rate, path.suffix.lower(), str(path))
+
+
+def encode_audio(waveform: torch.Tensor | np.ndarray, sampling_rate: int, audio_format: str) -> bytes:
+    """The bytes of the file that [`save_audio`] writes.
+
+    Args:
+        waveform, sampling_rate: as in [`save_audio`].
+        audio_format: "wav", "flac", "ogg" or "mp3".
+    """
+    suffix = f".{audio_format}"
+    if suffix not in AUDIO_FORMATS:
+        accepted = ", ".join(repr(name[1:]) for name in AUDIO_FORMATS)
+        raise ValueError(f"audio_format={audio_format!r}; accepted: {accepted}")
+    file = io.BytesIO()
+    _write(file, _samples_to_write("audio", waveform, sampling_rate), sampling_rate, suffix, "audio")
+    return file.getvalue()
+
+
+def _samples_to_write(name: str, waveform: torch.Tensor | np.ndarray, sampling_rate: int) -> torch.Tensor:
+    """(samples,) float32 in [-1, 1], if that is what it is."""
     if not isinstance(sampling_rate, numbers.Integral):
-        raise ValueError(f"{path}: sampling_rate={sampling_rate!r}; accepted: an integer number of Hz")
-    samples = as_tensor(f"{path}: waveform", waveform).detach().cpu()
+        raise ValueError(f"{name}: sampling_rate={sampling_rate!r}; accepted: an integer number of Hz")
+    samples = as_tensor(f"{name}: waveform", waveform).detach().cpu()
     if not samples.is_floating_point():
-        raise ValueError(f"{path}: waveform is {samples.dtype}; accepted: a floating dtype")
+        raise ValueError(f"{name}: waveform is {samples.dtype}; accepted: a floating dtype")
     if not samples.numel() or samples.shape not in ((samples.numel(),), (1, samples.numel())):
         shape = tuple(samples.shape)
-        raise ValueError(f"{path}: waveform has shape {shape}; accepted: (samples,) or (1, samples), not empty")
+        raise ValueError(f"{name}: waveform has shape {shape}; accepted: (samples,) or (1, samples), not empty")
     if not samples.isfinite().all():
-        raise ValueError(f"{path}: NaN or infinite samples; accepted: finite samples")
+        raise ValueError(f"{name}: NaN or infinite samples; accepted: finite samples")
+    return samples.reshape(-1).clamp(-1, 1).to(torch.float32)  # the lossy encoders do not clip
 
-    samples = samples.reshape(-1).clamp(-1, 1).to(torch.float32)  # the lossy encoders do not clip
+
+def _write(target: Path | BinaryIO, samples: torch.Tensor, sampling_rate: int, suffix: str, name: str) -> None:
+    """Write samples in a format of [`AUDIO_FORMATS`]; errors call the target by `name`."""
+    file_format, subtype = AUDIO_FORMATS[suffix]
     if subtype == "PCM_16":
         # libsndfile would round towards minus infinity in a WAV.
         samples = (samples * 2**15).round().clamp(max=2**15 - 1).to(torch.int16)
-
     try:
-        with replacing(path) as temporary:
-            temporary.touch(exist_ok=False)  # says why it fails, unlike libsndfile
-            with sf.SoundFile(temporary, "w", sampling_rate, 1, subtype, format=file_format) as file:
-                for block in samples.split(_WRITE_SAMPLES):
-                    file.write(block.numpy())
+        with sf.SoundFile(target, "w", sampling_rate, 1, subtype, format=file_format) as file:
+            for block in samples.split(_WRITE_SAMPLES):
+                file.write(block.numpy())
     except sf.LibsndfileError as error:
         kind = OSError if error.code == _SYSTEM_ERROR else ValueError
         raise kind(
-            f"{path}: cannot be written as {file_format} at {sampling_rate} Hz: {error.error_string}"
+            f"{name}: cannot be written as {file_format} at {sampling_rate} Hz: {error.error_string}"
         ) from error
+
+
+def _resample_by_products(rows: torch.Tensor, orig: int, new: int, length: int) -> torch.Tensor:
+    """All phases at once, as matrix products: fast for common rates, whose phases are few."""
+    weights = _on_device_of(rows, _joint_filter_weights(orig, new))
+    taps = weights.shape[1]
+    before = _filter_weights(orig, new).shape[1] // 2 - 1
+    steps = -(-length // new)
+    padded = torch.nn.functional.pad(rows, (before, max(0, (steps - 1) * orig + taps - before - rows.shape[1])))
+    windows = padded.unfold(-1, taps, orig)[:, :steps]  # a view, not a copy
+    output = rows.new_empty(len(rows), steps, new)
+    step = max(1, _RESAMPLE_ELEMENTS // max(1, len(rows) * taps))
+    for start in range(0, steps, step):
+        output[:, start : start + step] = windows[:, start : start + step] @ weights.t()
+    return output.flatten(1)[:, :length]
+
+
+def _resample_by_phases(rows: torch.Tensor, orig: int, new: int, length: int) -> torch.Tensor:
+    """Each phase with its own taps only: in bounded memory for rates without a large common divisor."""
+    weights = _on_device_of(rows, _filter_weights(orig, new))
+    taps = weights.shape[1]
+    half = taps // 2
+    # windows[:, i] are the inputs i - (half - 1) ... i + half, zero outside of the waveform; a view, not a copy.
+    windows = torch.nn.functional.pad(rows, (half - 1, half)).unfold(-1, taps, 1)
+    output = rows.new_empty(len(rows), length)
+    step = max(1, _RESAMPLE_ELEMENTS // max(1, len(rows) * taps))
+    for start in range(0, length, step):
+        index = torch.arange(start, min(start + step, length), device=rows.device)
+        output[:, start : start + step] = (windows[:, index * orig // new] * weights[index % new]).sum(-1)
+    return output
+
+
+def _on_device_of(rows: torch.Tensor, weights: np.ndarray) -> torch.Tensor:
+    # Kept as an array, not as a tensor: one made under torch.inference_mode could not serve a backward pass later.
+    # Rounded before it is moved, for devices without float64.
+    return torch.from_numpy(weights).to(rows.dtype).to(rows.device)
+
+
+def _joint_taps(orig: int, new: int) -> int:
+    """Inputs from the first tap of the first phase to the last tap of the last one."""
+    width = math.ceil(_LOWPASS_FILTER_WIDTH * orig / (min(orig, new) * _ROLLOFF))
+    return 2 * width + 2 + (new - 1) * orig // new
+
+
+@functools.lru_cache(maxsize=8)
+def _joint_filter_weights(orig: int, new: int) -> np.ndarray:
+    """[`_filter_weights`] as a matrix (new, joint taps) over the inputs that any of the phases needs."""
+    weights = _filter_weights(orig, new)
+    joint = np.zeros((new, _joint_taps(orig, new)))
+    for phase, row in enumerate(weights):
+        start = phase * orig // new
+        joint[phase, start : start + len(row)] = row
+    return joint
 
 
 @functools.lru_cache(maxsize=8)
@@ -276,7 +346,7 @@ def _decode(file: BinaryIO, name: str) -> tuple[torch.Tensor, int]:
     with sound:
         try:
             while len(block := sound.read(_READ_ELEMENTS // sound.channels, dtype="float32", always_2d=True)):
-                blocks.append(torch.from_numpy(block.mean(axis=1)))
+                blocks.append(torch.from_numpy(block[:, 0] if sound.channels == 1 else block.mean(axis=1)))
         except sf.SoundFileError as error:
             failure = error
         samples = torch.cat(blocks) if blocks else torch.empty(0)

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import logging
 import os
 import re
@@ -44,7 +45,7 @@ PRESETS: dict[str, dict[str, Any]] = {
 
 # Where a model lies in a repository: MiMo-V2's language models have theirs in a folder.
 _SUBFOLDERS = ("", "audio_tokenizer")
-_HUB_ID = re.compile(r"\w[\w.-]*/\w[\w.-]*")
+HUB_ID = re.compile(r"\w[\w.-]*/\w[\w.-]*")
 _ACCEPTED = (
     "accepted: 'tiny', a Hub id (owner/name), or a directory that has config.json and model.safetensors, "
     "itself or in its folder audio_tokenizer"
@@ -128,6 +129,19 @@ def init_checkpoint(directory: str | os.PathLike[str], preset: str, seed: int = 
     return model
 
 
+def weights_digest(model: MiMoAudioTokenizerModel) -> str:
+    """A fingerprint of the weights: of up to 256 values of each tensor, which training would not leave alone.
+
+    It depends on the dtype, not on the device.
+    """
+    digest = hashlib.sha256()
+    for name, tensor in sorted(model.state_dict().items()):
+        values = tensor.flatten()
+        sample = values[:: max(1, len(values) // 256)][:256].to(device="cpu", dtype=torch.float32)
+        digest.update(f"{name} {tuple(tensor.shape)}".encode() + sample.numpy().tobytes())
+    return digest.hexdigest()[:16]
+
+
 def _initialized_model(
     preset: str, seed: int, model_class: type[MiMoAudioTokenizerModel] = MiMoAudioTokenizerModel
 ) -> MiMoAudioTokenizerModel:
@@ -147,7 +161,7 @@ def _read_checkpoint(
     name = os.fspath(model)
     # A mistyped path must not be looked up on the Hub.
     is_directory = name != "" and Path(name).is_dir()
-    if not is_directory and not (isinstance(model, str) and _HUB_ID.fullmatch(name)):
+    if not is_directory and not (isinstance(model, str) and HUB_ID.fullmatch(name)):
         raise ValueError(f"model={name!r}: there is no such directory; {_ACCEPTED}")
     options = {} if dtype is None else {"dtype": dtype}
     try:

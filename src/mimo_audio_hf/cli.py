@@ -14,18 +14,21 @@ import math
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import fields
 from pathlib import Path
 from typing import NoReturn, TypeAlias, TypeVar
 
 import huggingface_hub.utils
 import torch
 import transformers
+from accelerate import PartialState
 from tqdm import tqdm
 
 from . import codes as code_files
 from .audio import AUDIO_FORMATS, AUDIO_SUFFIXES, load_audio, save_audio
 from .checkpoints import PRESETS, RELEASED_MODEL, init_checkpoint, load_model
 from .codes import AudioCodes
+from .evaluation import METRICS, evaluate, read_sources, require_free, require_metrics
 from .hub import add_hub_command
 from .inference import (
     MAX_BATCH_SECONDS,
@@ -34,6 +37,8 @@ from .inference import (
     encode_waveforms,
     group_by_seconds,
 )
+from .jobs import JobOptions, Summary, detokenize_job, tokenize_job
+from .metrics import SpeakerVerifier, codebook_use, require_package
 from .modeling_mimo_audio_tokenizer import ATTENTION_BACKENDS, MiMoAudioTokenizerModel
 from .train_command import add_train
 from .version import __version__
@@ -213,12 +218,143 @@ def run_init(args: argparse.Namespace) -> None:
     )
 
 
+def add_tokenize(subparsers: Subparsers) -> None:
+    parser = subparsers.add_parser(
+        "tokenize",
+        help="a dataset's audio to Parquet shards of codes",
+        description="Tokenize all clips of a source: a folder of audio, .parquet or .tar (WebDataset) files, a "
+        "dataset directory, a JSON-lines list, or a Hub id. The shards load with load_dataset(OUT). The same command "
+        "again does what is missing. Under torchrun or accelerate launch the processes share the work.",
+    )
+    _add_job_options(parser)
+    _add_num_quantizers(parser)
+    parser.set_defaults(run=run_tokenize)
+
+
+def run_tokenize(args: argparse.Namespace) -> int:
+    return _report_job("tokenized", args, tokenize_job(args.source, args.output, _job_options(args)))
+
+
+def add_detokenize(subparsers: Subparsers) -> None:
+    parser = subparsers.add_parser(
+        "detokenize",
+        help="a dataset's codes to Parquet shards of audio",
+        description="Decode all clips of a source: a directory that tokenize wrote, other .parquet files, a dataset "
+        "directory, a JSON-lines list with codes, or a Hub id. Otherwise like tokenize.",
+    )
+    _add_job_options(parser)
+    parser.add_argument(
+        "--format",
+        choices=[suffix[1:] for suffix in OUTPUT_SUFFIXES],
+        default="flac",
+        help="of the audio in the shards (default: %(default)s)",
+    )
+    parser.set_defaults(run=run_detokenize, num_quantizers=None)
+
+
+def run_detokenize(args: argparse.Namespace) -> int:
+    summary = detokenize_job(args.source, args.output, _job_options(args), args.format)
+    return _report_job("decoded", args, summary)
+
+
+def add_evaluate(subparsers: Subparsers) -> None:
+    parser = subparsers.add_parser(
+        "evaluate",
+        help="what a model keeps of speech: PESQ, STOI, speaker similarity, codebook use",
+        description="Encode and decode clips and compare what comes back with what went in, at any numbers of "
+        "codebooks. Writes evaluation.json (every clip's scores), evaluation.md (tables) and evaluation.png (a "
+        "rate-quality plot). Needs the packages of mimo-audio-hf[eval].",
+    )
+    parser.add_argument(
+        "sources",
+        nargs="+",
+        type=_path,
+        metavar="SOURCE",
+        help="a folder of audio files, a dataset (a directory that datasets saved, or of Parquet files), or a list in "
+        "the format of Seed-TTS-Eval's meta.lst",
+    )
+    parser.add_argument(
+        "-o",
+        "--output",
+        type=_path,
+        required=True,
+        metavar="OUT",
+        help="folder to write to; made if it does not exist",
+    )
+    parser.add_argument(
+        "--num-quantizers",
+        type=_positive_count,
+        nargs="+",
+        metavar="N",
+        help="numbers of codebooks to evaluate, each from the first (default: all)",
+    )
+    parser.add_argument(
+        "--metrics", nargs="+", choices=list(METRICS), default=list(METRICS), help="what to compute (default: all)"
+    )
+    parser.add_argument(
+        "--speaker-model",
+        metavar="M",
+        help="for the speaker similarity: a Hub id or a directory of an x-vector model of transformers, such as "
+        "microsoft/wavlm-base-plus-sv (default: not computed)",
+    )
+    parser.add_argument("--audio-column", default="audio", metavar="C", help="of datasets (default: %(default)s)")
+    parser.add_argument(
+        "--list-audio",
+        choices=["prompt", "target"],
+        default="prompt",
+        help="which audio of a list: the prompts, each once, or the recordings of the texts (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--workers", type=_positive_count, metavar="N", help="processes for the metrics (default: one per processor)"
+    )
+    _add_model_options(parser)
+    _add_batch_seconds(parser)
+    parser.set_defaults(run=run_evaluate)
+
+
+def run_evaluate(args: argparse.Namespace) -> int:
+    started = time.perf_counter()
+    require_free(args.output)
+    try:
+        require_metrics(args.metrics)
+        require_package("matplotlib")
+    except ModuleNotFoundError as error:
+        raise ValueError(error) from error
+    clips, problems = read_sources(args.sources, audio_column=args.audio_column, list_audio=args.list_audio)
+    model = _load_converter(args, None if args.num_quantizers is None else max(args.num_quantizers), decodes=True)
+    verifier = None if args.speaker_model is None else SpeakerVerifier(args.speaker_model, model.device)
+    evaluation = evaluate(
+        model,
+        clips,
+        args.num_quantizers,
+        metrics=args.metrics,
+        speaker_verifier=verifier,
+        workers=args.workers,
+        max_batch_seconds=args.batch_seconds,
+        progress=None,
+    )
+    failures = problems | evaluation.failures
+    for name, reason in failures.items():
+        _report(reason if name in reason else f"{name}: {reason}")
+    paths = evaluation.save(args.output)
+    print(evaluation.to_markdown())
+    done = len(clips) - len(evaluation.failures)
+    print(
+        f"evaluated {done} of {_count(len(clips) + len(problems), 'clip')} in {time.perf_counter() - started:.1f} s "
+        f"-> {', '.join(map(str, paths))}"
+    )
+    return 1 if failures else 0
+
+
 COMMANDS: tuple[Callable[[Subparsers], object], ...] = (
     add_encode,
     add_decode,
     add_roundtrip,
+    add_tokenize,
+    add_detokenize,
     add_info,
     add_init,
+    add_evaluate,
     add_hub_command,
     add_train,
 )
@@ -286,14 +422,18 @@ def _positive_count(text: str) -> int:
     return int(text)
 
 
-def _positive_seconds(text: str) -> float:
+def _count_from_zero(text: str) -> int:
+    return 0 if text == "0" else _positive_count(text)
+
+
+def _positive_number(text: str) -> float:
     try:
-        seconds = float(text)
+        number = float(text)
     except ValueError:
-        seconds = math.nan
-    if not seconds > 0:  # nan neither
-        raise argparse.ArgumentTypeError(f"{text!r}; accepted: a positive number of seconds")
-    return seconds
+        number = math.nan
+    if not number > 0:  # nan neither
+        raise argparse.ArgumentTypeError(f"{text!r}; accepted: a positive number")
+    return number
 
 
 def _add_files(parser: argparse.ArgumentParser, inputs: str, folder_gets: str, one_file: str) -> None:
@@ -310,6 +450,59 @@ def _add_files(parser: argparse.ArgumentParser, inputs: str, folder_gets: str, o
     )
 
 
+def _add_job_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("source", metavar="SOURCE", help="what to read")
+    parser.add_argument("output", metavar="OUT", help="directory of the shards; one that was begun is completed")
+    _add_model_options(parser, dtype="bfloat16 on a GPU, else float32")
+    _add_batch_seconds(parser)
+    parser.add_argument("--column", metavar="C", help="column of the audio or the codes (default: found by its name)")
+    parser.add_argument(
+        "--key-column",
+        metavar="C",
+        help="column that names the clips (default: key if there is one, else their place)",
+    )
+    parser.add_argument("--config", metavar="C", help="configuration of a dataset on the Hub")
+    parser.add_argument("--split", metavar="S", help="split of a dataset")
+    parser.add_argument(
+        "--num-workers",
+        type=_count_from_zero,
+        metavar="N",
+        help="processes that read and decode, for each process of the job (default: its share of the cores less two; "
+        "1 where the model runs on the CPU)",
+    )
+    parser.add_argument(
+        "--shard-clips",
+        type=_positive_count,
+        default=JobOptions.shard_clips,
+        metavar="N",
+        help="clips in a shard, at most (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--shard-minutes",
+        type=_positive_number,
+        default=JobOptions.shard_minutes,
+        metavar="M",
+        help="write a shard after so many minutes, full or not (default: %(default)g)",
+    )
+
+
+def _job_options(args: argparse.Namespace) -> JobOptions:
+    return JobOptions(**{option.name: getattr(args, option.name) for option in fields(JobOptions)})
+
+
+def _report_job(done: str, args: argparse.Namespace, summary: Summary) -> int:
+    if PartialState().is_main_process:
+        before = f", {summary.finished} were there already" if summary.finished else ""
+        failed = f"; {summary.failed} failed: see {Path(args.output, 'errors.jsonl')}" if summary.failed else ""
+        hours = summary.audio_seconds / 3600
+        speed = summary.audio_seconds / summary.seconds
+        print(
+            f"{done} {summary.clips} of {_count(summary.missing, 'clip')}{before}: {hours:.3f} h of audio in "
+            f"{summary.seconds:.1f} s ({speed:.1f} s/s) -> {args.output}{failed}"
+        )
+    return 1 if summary.failed else 0
+
+
 def _add_num_quantizers(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--num-quantizers", type=_positive_count, metavar="N", help="codebooks to use, from the first (default: all)"
@@ -319,24 +512,24 @@ def _add_num_quantizers(parser: argparse.ArgumentParser) -> None:
 def _add_batch_seconds(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--batch-seconds",
-        type=_positive_seconds,
+        type=_positive_number,
         default=MAX_BATCH_SECONDS,
         metavar="S",
         help="seconds of audio to run at once, bounded by memory (default: %(default)g)",
     )
 
 
-def _add_model_options(parser: argparse.ArgumentParser) -> None:
+def _add_model_options(parser: argparse.ArgumentParser, dtype: str = "the checkpoint's") -> None:
     parser.add_argument(
         "--model", default=RELEASED_MODEL, metavar="M", help="a Hub id, a directory or tiny (default: %(default)s)"
     )
-    _add_placement_options(parser)
+    _add_placement_options(parser, dtype)
 
 
-def _add_placement_options(parser: argparse.ArgumentParser) -> None:
+def _add_placement_options(parser: argparse.ArgumentParser, dtype: str = "the checkpoint's") -> None:
     parser.add_argument("--device", metavar="D", help="e.g. cuda:1 or cpu (default: a GPU if there is one)")
     parser.add_argument(
-        "--dtype", choices=["float32", "bfloat16", "float16"], help="of the weights (default: the checkpoint's)"
+        "--dtype", choices=["float32", "bfloat16", "float16"], help=f"of the weights (default: {dtype})"
     )
     parser.add_argument(
         "--attn-implementation", choices=list(ATTENTION_BACKENDS), help="(default: the best for device and dtype)"
@@ -525,10 +718,8 @@ def _print_codes_info(path: str, codes: AudioCodes) -> None:
         ]
     )
     print("\ncodebook  entries  used  perplexity")
-    for book, (column, size) in enumerate(zip(codes.codes.t(), codes.codebook_sizes, strict=True)):
-        counts = column.bincount(minlength=size)
-        perplexity = torch.special.entr(counts / frames).sum().exp()
-        print(f"{book:8}  {size:7}  {int(counts.count_nonzero()):4}  {perplexity:10.1f}")
+    for book, use in enumerate(codebook_use([codes.codes], codes.codebook_sizes)):
+        print(f"{book:8}  {use.entries:7}  {use.used:4}  {use.perplexity:10.1f}")
 
 
 def _print_table(rows: Iterable[tuple[str, str]]) -> None:

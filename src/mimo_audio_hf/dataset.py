@@ -12,10 +12,12 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from functools import lru_cache
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 import torch
 from datasets import Features, List, Value
 
@@ -57,6 +59,7 @@ def tokenize_audio(
     dtype: torch.dtype | str | None = None,
     attn_implementation: str | None = None,
     max_batch_seconds: float = MAX_BATCH_SECONDS,
+    num_threads: int | None = None,
     on_error: str = "raise",
     error_column: str = "audio_error",
 ) -> Columns:
@@ -71,6 +74,8 @@ def tokenize_audio(
         num_quantizers: how many codebooks to use, from the first; all by default.
         device, dtype, attn_implementation: as in `load_model`.
         max_batch_seconds: seconds of audio that run at once.
+        num_threads: threads that read and decode; by default one where the model runs on the CPU, else one for each
+            core, but no more than 8.
         on_error: `"raise"`, or `"record"`: a row that cannot be tokenized gets no codes, and the reason in
             `error_column`.
 
@@ -88,14 +93,22 @@ def tokenize_audio(
     config = loaded.config
     waveforms: dict[int, torch.Tensor] = {}
     errors: dict[int, str] = {}
-    for row, value in enumerate(_column(batch, audio_column)):
+    values = _column(batch, audio_column)
+
+    def read(value: Any) -> torch.Tensor | Exception | None:
         try:
-            if value is not None:
-                waveforms[row] = to_waveform(value, config.sampling_rate)
+            return None if value is None else to_waveform(value, config.sampling_rate)
         except (ValueError, OSError) as error:
-            if on_error == "raise":
-                raise ValueError(f"{audio_column}[{row}]: {error}") from error
-            errors[row] = str(error)
+            return error
+
+    with ThreadPoolExecutor(_decoding_threads(loaded) if num_threads is None else num_threads) as threads:
+        for row, found in enumerate(threads.map(read, values)):
+            if isinstance(found, torch.Tensor):
+                waveforms[row] = found
+            elif found is not None and on_error == "raise":
+                raise ValueError(f"{audio_column}[{row}]: {found}") from found
+            elif found is not None:
+                errors[row] = str(found)
 
     def encode(clips: list[torch.Tensor]) -> list[torch.Tensor]:
         return encode_waveforms(loaded, clips, num_quantizers, max_batch_seconds=max_batch_seconds)
@@ -112,7 +125,7 @@ def tokenize_audio(
             del waveforms[row]
         else:
             codes[row] = result.to(stored).numpy()
-    rows = range(len(_column(batch, audio_column)))
+    rows = range(len(values))
     columns: Columns = {
         codes_column: [codes.get(row) for row in rows],
         num_samples_column: [len(waveforms[row]) if row in waveforms else None for row in rows],
@@ -156,11 +169,7 @@ def detokenize_audio(
     for row, value in enumerate(values):
         if value is None:
             continue
-        try:
-            array = np.asarray(value)
-        except ValueError as error:
-            raise ValueError(f"{codes_column}[{row}]: {error}; accepted: (frames, codebooks)") from error
-        codes[row] = check_codes(loaded, array, f"{codes_column}[{row}]")
+        codes[row] = check_codes(loaded, to_codes(value, f"{codes_column}[{row}]"), f"{codes_column}[{row}]")
         if lengths[row] is not None and lengths[row] < 1:
             raise ValueError(f"{num_samples_column}[{row}]={lengths[row]}; accepted: 1 or more")
     decoded = decode_codes(loaded, list(codes.values()), max_batch_seconds=max_batch_seconds)
@@ -192,6 +201,20 @@ def tokenized_features(
     return Features({**features, **added})
 
 
+def arrow_column(values: Sequence[Any], column_type: pa.DataType) -> pa.Array:
+    """Values of a column; of codes, arrays (frames, codebooks) or None, without making Python numbers of them."""
+    arrays = [value for value in values if value is not None]
+    if not arrays or not isinstance(arrays[0], np.ndarray):
+        return pa.array(values, column_type)
+    widths = np.repeat([array.shape[1] for array in arrays], [len(array) for array in arrays])
+    starts = np.concatenate([[0], widths.cumsum()]).astype(np.int32)
+    frames = pa.ListArray.from_arrays(starts, pa.array(np.concatenate([array.reshape(-1) for array in arrays])))
+    lengths = [0 if value is None else len(value) for value in values]
+    nulls = pa.array([value is None for value in values])
+    clips = pa.ListArray.from_arrays(pa.array(np.cumsum([0, *lengths], dtype=np.int32)), frames, mask=nulls)
+    return clips.cast(column_type)
+
+
 def to_waveform(value: Any, sampling_rate: int) -> torch.Tensor:
     """One value of an audio column as mono float32 samples (samples,) at `sampling_rate`.
 
@@ -214,6 +237,18 @@ def to_waveform(value: Any, sampling_rate: int) -> torch.Tensor:
         raise ValueError(f"{type(value).__name__}: {error}") from error
 
 
+def to_codes(value: Any, name: str = "codes") -> torch.Tensor:
+    """One value of a column of codes, lists or an array (frames, codebooks), as a tensor.
+
+    Raises:
+        ValueError: it is nothing of the kind; the message begins with `name`.
+    """
+    try:
+        return as_tensor(name, value if isinstance(value, torch.Tensor) else np.asarray(value))
+    except ValueError as error:
+        raise ValueError(f"{name}: {error}; accepted: (frames, codebooks)") from error
+
+
 def _decoded_waveform(array: Any, array_rate: int, sampling_rate: int) -> torch.Tensor:
     samples = as_tensor("array", array if isinstance(array, torch.Tensor) else np.asarray(array))
     shape = tuple(samples.shape)
@@ -228,6 +263,10 @@ def _decoded_waveform(array: Any, array_rate: int, sampling_rate: int) -> torch.
     if not samples.isfinite().all():
         raise ValueError("array holds NaN or infinite samples; accepted: finite samples")
     return resample(samples, array_rate, sampling_rate)
+
+
+def _decoding_threads(model: MiMoAudioTokenizerModel) -> int:
+    return 1 if model.device.type == "cpu" else min(8, os.cpu_count() or 1)
 
 
 def _column(batch: Mapping[str, Sequence[Any]], name: str) -> Sequence[Any]:

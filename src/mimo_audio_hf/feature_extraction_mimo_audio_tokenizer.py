@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import numbers
 from collections.abc import Sequence
@@ -11,6 +12,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch import nn
 from transformers.configuration_utils import PreTrainedConfig
 from transformers.feature_extraction_sequence_utils import SequenceFeatureExtractor
 from transformers.feature_extraction_utils import BatchFeature
@@ -107,26 +109,69 @@ class MiMoAudioTokenizerFeatureExtractor(SequenceFeatureExtractor):
     def to_dict(self) -> dict[str, Any]:
         return single_auto_classes(super().to_dict())
 
+    def num_frames(self, num_samples: int) -> int:
+        """Mel frames of a clip of `num_samples` samples."""
+        return 1 + max(num_samples, self.nfft if num_samples <= self.nfft // 2 else 0) // self.hop_length
+
+    def samples_of_frames(self, start: int, stop: int, num_samples: int) -> tuple[int, int]:
+        """Which samples of a clip decide its mel frames `start` to `stop`: from the first to before the last.
+
+        The first one is a multiple of `hop_length`: the spectrogram of these samples alone has the frames as well,
+        from its frame `start - first // hop_length` on.
+        """
+        # Half a window to both sides, and a frame more than that: reflection at the clip's end has to have enough.
+        reach = self.nfft // 2
+        first = max(0, start - -(-reach // self.hop_length) - 1) * self.hop_length
+        return first, min(stop * self.hop_length + reach, num_samples)
+
     def log_mel_spectrogram(self, waveform: torch.Tensor) -> torch.Tensor:
         """Log-mel spectrogram of one clip: (samples,) float32 to (n_mels, 1 + samples // hop_length).
 
         A clip too short for the reflect padding (480 samples or less) is zero-padded at its end to `nfft` first.
         """
-        if waveform.shape[-1] <= self.nfft // 2:
-            waveform = torch.nn.functional.pad(waveform, (0, self.nfft - waveform.shape[-1]))
-        device = waveform.device
+        return self._log_mel(self._reflected(waveform))
+
+    def packed_log_mel_spectrogram(self, waveforms: Sequence[torch.Tensor]) -> torch.Tensor:
+        """Log-mel spectrograms of clips end to end, in one pass.
+
+        Args:
+            waveforms: Clips (samples,) float32, on one device.
+
+        Returns:
+            (total_frames, n_mels), the frames of each clip as [`num_frames`] counts them.
+        """
+        # Filled up to whole hops, so that every clip's frames are among those of the whole; in between, and over the
+        # seams, there are some that are nobody's.
+        reflected = [self._reflected(waveform) for waveform in waveforms]
+        filled = [nn.functional.pad(clip, (0, -len(clip) % self.hop_length)) for clip in reflected]
+        mel = self._log_mel(torch.cat(filled))
+        starts = [0, *itertools.accumulate(len(clip) // self.hop_length for clip in filled[:-1])]
+        kept = [
+            mel[:, start : start + self.num_frames(len(waveform))]
+            for start, waveform in zip(starts, waveforms, strict=True)
+        ]
+        return torch.cat(kept, dim=1).t()
+
+    def _reflected(self, waveform: torch.Tensor) -> torch.Tensor:
+        """One clip with half a window of its mirror image at both ends."""
+        reach = self.nfft // 2
+        if waveform.shape[-1] <= reach:
+            waveform = nn.functional.pad(waveform, (0, self.nfft - waveform.shape[-1]))
+        return nn.functional.pad(waveform[None], (reach, reach), mode="reflect")[0]
+
+    def _log_mel(self, samples: torch.Tensor) -> torch.Tensor:
+        """(samples,) to (n_mels, 1 + (samples - nfft) // hop_length)."""
         spectrogram = torch.stft(
-            waveform,
+            samples,
             n_fft=self.nfft,
             hop_length=self.hop_length,
             win_length=self.window_size,
-            window=torch.hann_window(self.window_size, dtype=torch.float32, device=device),
-            center=True,
-            pad_mode="reflect",
+            window=torch.hann_window(self.window_size, dtype=torch.float32, device=samples.device),
+            center=False,
             return_complex=True,
         ).abs()
         fmax = self.sampling_rate / 2 if self.fmax is None else self.fmax
-        filters = mel_filters(self.sampling_rate, self.nfft, self.feature_size, self.fmin, fmax, device)
+        filters = mel_filters(self.sampling_rate, self.nfft, self.feature_size, self.fmin, fmax, samples.device)
         return (filters @ spectrogram).clamp(min=LOG_MEL_FLOOR).log()
 
     def __call__(

@@ -1,14 +1,16 @@
 # Copyright 2026 The mimo-audio-hf authors. Licensed under the Apache License, Version 2.0.
 """Waveforms to codes and back with a loaded model, for any number of clips of any length.
 
-The clips are run in batches of bounded duration, packed end to end, so that a batch costs no padding and every clip
-gives what it gives alone.
+On a GPU the clips are run in batches of bounded duration, packed end to end, so that a batch costs no padding and
+every clip gives what it gives alone.
 """
 
 from __future__ import annotations
 
 import itertools
+import logging
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any, TypeVar
 
 import numpy as np
@@ -19,13 +21,19 @@ from .feature_extraction_mimo_audio_tokenizer import MiMoAudioTokenizerFeatureEx
 from .modeling_mimo_audio_tokenizer import MiMoAudioTokenizerModel
 
 
+logger = logging.getLogger(__name__)
+
+Key = TypeVar("Key")
 Item = TypeVar("Item")
 Result = TypeVar("Result")
 Progress = Callable[[float], object]
 
 # Enough to keep a large GPU busy. The released model's largest activations, of its feed-forward layers, then take
-# 0.25 GB each in float32.
+# 0.25 GB each in bfloat16.
 MAX_BATCH_SECONDS = 240.0
+
+# Longer audio is encoded in pieces of this many mel frames (60 s), each on its own, as upstream does.
+MAX_PIECE_FRAMES = 6000
 
 
 def encode_waveforms(
@@ -41,9 +49,11 @@ def encode_waveforms(
     Args:
         model: the tokenizer; runs where it is, without gradients.
         waveforms: clips (samples,), mono floats in [-1, 1] at the model's sampling rate, on any device; tensors or
-            arrays.
+            arrays. Of a clip of more than 60 s, pieces of 60 s of its mel spectrogram are encoded each on its own, as
+            upstream does.
         num_quantizers: how many codebooks to use, from the first; all by default.
-        max_batch_seconds: seconds of audio that run at once. A longer clip runs alone, in one piece.
+        max_batch_seconds: seconds of audio that run at once; fewer where a GPU's memory does not suffice. On the CPU,
+            which gains nothing from batches, every clip runs alone: its codes are those of the clip alone to the bit.
         progress: called after every batch with its seconds of audio.
 
     Returns:
@@ -53,27 +63,17 @@ def encode_waveforms(
         ValueError: a clip (named by its index) that is no tensor or array, empty, not mono, not floating point, NaN or
             infinite, or more codebooks than the model has, found before anything is encoded; a `max_batch_seconds`
             that is not positive.
+        torch.OutOfMemoryError: the memory does not suffice for a single clip, or 60 s of it.
     """
-    model.check_num_quantizers(num_quantizers)
-    clips = [_checked_waveform(waveform, f"waveforms[{index}]") for index, waveform in enumerate(waveforms)]
-    extractor = MiMoAudioTokenizerFeatureExtractor.from_config(model.config)
-    seconds = [len(clip) / extractor.sampling_rate for clip in clips]
-    device = _device(model, model.encoder)
-    codes: dict[int, torch.Tensor] = {}
-    for batch in _batches(range(len(clips)), seconds, max_batch_seconds):
-        mels = [_log_mel(extractor, clips[index], device) for index in batch]
-        lengths = [len(mel) for mel in mels]
-        with torch.inference_mode():
-            layout = model.encoder_layout(lengths, device)
-            # This class's own: that of `compat` has other arguments.
-            output = MiMoAudioTokenizerModel.encode(
-                model, torch.cat(mels), num_quantizers=num_quantizers, layout=layout
-            )
-            packed = output.audio_codes
-        codes.update(zip(batch, _split(packed, model.encoder.code_lengths(lengths)), strict=True))
-        if progress is not None:
-            progress(sum(seconds[index] for index in batch))
-    return [codes[index] for index in range(len(clips))]
+    clips = [check_waveform(waveform, f"waveforms[{index}]") for index, waveform in enumerate(waveforms)]
+    stream = encode_stream(
+        model,
+        ((index, clips[index]) for index in _longest_first(clips)),
+        num_quantizers,
+        max_batch_seconds=max_batch_seconds,
+        progress=progress,
+    )
+    return _in_order(stream)
 
 
 def decode_codes(
@@ -88,7 +88,8 @@ def decode_codes(
     Args:
         model: the tokenizer; runs where it is, without gradients.
         codes: clips (L, Q), integers, of the first Q codebooks; Q may differ between clips. Tensors or arrays.
-        max_batch_seconds: seconds of audio that run at once. A longer clip runs alone, in one piece.
+        max_batch_seconds: seconds of audio that run at once, fewer where a GPU's memory does not suffice. A longer
+            clip runs alone, in one piece. On the CPU every clip runs alone.
         progress: called after every batch with its seconds of audio.
 
     Returns:
@@ -99,28 +100,115 @@ def decode_codes(
         ValueError: a clip (named by its index) that is no tensor or array, of wrong shape or dtype, with codes out of
             range or more codebooks than the model has, found before anything is decoded; a model without decoder; a
             `max_batch_seconds` that is not positive.
+        torch.OutOfMemoryError: the memory does not suffice for a single clip.
     """
     clips = [check_codes(model, clip, f"codes[{index}]") for index, clip in enumerate(codes)]
+    # Those with the same number of codebooks together: only they share a batch.
+    order = sorted(_longest_first(clips), key=lambda index: clips[index].shape[1])
+    stream = decode_stream(
+        model, ((index, clips[index]) for index in order), max_batch_seconds=max_batch_seconds, progress=progress
+    )
+    return _in_order(stream)
+
+
+def encode_stream(
+    model: MiMoAudioTokenizerModel,
+    clips: Iterable[tuple[Key, torch.Tensor]],
+    num_quantizers: int | None = None,
+    *,
+    max_batch_seconds: float = MAX_BATCH_SECONDS,
+    progress: Progress | None = None,
+) -> Iterator[tuple[Key, torch.Tensor | torch.OutOfMemoryError]]:
+    """Encode clips as they come: [`encode_waveforms`] for a stream that need not end or fit into memory.
+
+    Args:
+        clips: pairs of anything that tells clips apart and a waveform as [`check_waveform`] passes it. They are taken
+            as batches are filled.
+        model, num_quantizers, max_batch_seconds, progress: as in [`encode_waveforms`].
+
+    Yields:
+        The same keys in the same order with the clips' codes (L, num_quantizers), int64 on the CPU, or with the error
+        of those for which a GPU's memory does not suffice.
+    """
+    model.check_num_quantizers(num_quantizers)
+    extractor = MiMoAudioTokenizerFeatureExtractor.from_config(model.config)
+    device = _device(model, model.encoder)
+
+    def pieces() -> Iterator[_Piece]:
+        for key, waveform in clips:
+            frames = extractor.num_frames(len(waveform))
+            for start in range(0, frames, MAX_PIECE_FRAMES):
+                stop = min(start + MAX_PIECE_FRAMES, frames)
+                yield _Piece(key, waveform, start, stop, is_last=stop == frames)
+
+    def launch(batch: list[_Piece]) -> Callable[[], list[torch.Tensor]]:
+        bounds = [extractor.samples_of_frames(piece.start, piece.stop, len(piece.waveform)) for piece in batch]
+        samples = [piece.waveform[first:last].float() for piece, (first, last) in zip(batch, bounds, strict=True)]
+        sections = _to_device(samples, device).split([*map(len, samples)])
+        mels = extractor.packed_log_mel_spectrogram(sections)
+        lengths = [piece.stop - piece.start for piece in batch]
+        sizes = [extractor.num_frames(len(section)) for section in sections]
+        if sizes != lengths:  # of pieces of clips, whose sections reach beyond them
+            kept = []
+            for piece, (first, _), mel in zip(batch, bounds, mels.split(sizes), strict=True):
+                skipped = piece.start - first // extractor.hop_length
+                kept.append(mel[skipped : skipped + piece.stop - piece.start])
+            mels = torch.cat(kept)
+        layout = model.encoder_layout(lengths, device)
+        # This class's own: that of `compat` has other arguments.
+        output = MiMoAudioTokenizerModel.encode(model, mels, num_quantizers=num_quantizers, layout=layout)
+        return _collector(output.audio_codes, model.encoder.code_lengths(lengths))
+
+    def seconds(piece: _Piece) -> float:
+        start, stop = (frame * extractor.hop_length for frame in (piece.start, piece.stop))
+        return (min(stop, len(piece.waveform)) - start) / extractor.sampling_rate
+
+    done: list[torch.Tensor] = []
+    failure: torch.OutOfMemoryError | None = None
+    for piece, result in _run_in_batches(launch, pieces(), seconds, max_batch_seconds, device, progress):
+        if isinstance(result, torch.Tensor):
+            done.append(result)
+        else:
+            failure = result
+        if piece.is_last:
+            yield piece.key, failure or (torch.cat(done) if len(done) > 1 else done[0])
+            done, failure = [], None
+
+
+def decode_stream(
+    model: MiMoAudioTokenizerModel,
+    clips: Iterable[tuple[Key, torch.Tensor]],
+    *,
+    max_batch_seconds: float = MAX_BATCH_SECONDS,
+    progress: Progress | None = None,
+) -> Iterator[tuple[Key, torch.Tensor | torch.OutOfMemoryError]]:
+    """Decode clips as they come: [`decode_codes`] for a stream that need not end or fit into memory.
+
+    Args:
+        clips: pairs of anything that tells clips apart and codes (L, Q) as [`check_codes`] returns them. They are
+            taken as batches are filled; neighbours with the same number of codebooks share a batch.
+        model, max_batch_seconds, progress: as in [`decode_codes`].
+
+    Yields:
+        The same keys in the same order with the clips' waveforms (samples_per_frame * L,), float32 on the CPU, or with
+        the error of those for which a GPU's memory does not suffice.
+    """
     device = _device(model, model.decoder)
     samples_per_frame = model.config.samples_per_frame
-    seconds = [len(clip) * samples_per_frame / model.config.sampling_rate for clip in clips]
-    waveforms: dict[int, torch.Tensor] = {}
 
-    def codebooks(index: int) -> int:
-        return clips[index].shape[1]
+    def launch(batch: list[tuple[Key, torch.Tensor]]) -> Callable[[], list[torch.Tensor]]:
+        lengths = [len(codes) for _, codes in batch]
+        layout = model.decoder_layout(lengths, device)
+        packed = _to_device([codes for _, codes in batch], device)
+        samples = MiMoAudioTokenizerModel.decode(model, packed, layout=layout).audio_values
+        return _collector(samples, [length * samples_per_frame for length in lengths])
 
-    for _, indices in itertools.groupby(sorted(range(len(clips)), key=codebooks), key=codebooks):
-        for batch in _batches(indices, seconds, max_batch_seconds):
-            lengths = [len(clips[index]) for index in batch]
-            with torch.inference_mode():
-                layout = model.decoder_layout(lengths, device)
-                packed = torch.cat([clips[index].to(device) for index in batch])
-                samples = MiMoAudioTokenizerModel.decode(model, packed, layout=layout).audio_values
-            pieces = _split(samples, [length * samples_per_frame for length in lengths])
-            waveforms.update(zip(batch, pieces, strict=True))
-            if progress is not None:
-                progress(sum(seconds[index] for index in batch))
-    return [waveforms[index] for index in range(len(clips))]
+    def seconds(clip: tuple[Key, torch.Tensor]) -> float:
+        return len(clip[1]) * samples_per_frame / model.config.sampling_rate
+
+    for _, group in itertools.groupby(clips, key=lambda clip: clip[1].shape[1]):
+        for (key, _), result in _run_in_batches(launch, group, seconds, max_batch_seconds, device, progress):
+            yield key, result
 
 
 def check_codes(model: MiMoAudioTokenizerModel, codes: Any, name: str = "codes") -> torch.Tensor:
@@ -177,34 +265,13 @@ def group_by_seconds(
         yield group
 
 
-def _batches(indices: Iterable[int], seconds: Sequence[float], max_batch_seconds: float) -> Iterator[list[int]]:
-    """Clips of like lengths together, for attention backends that pad; the longest first, for memory to fail early."""
-    if not max_batch_seconds > 0:
-        raise ValueError(f"max_batch_seconds={max_batch_seconds}; accepted: a positive number of seconds")
-    longest_first = sorted(indices, key=seconds.__getitem__, reverse=True)
-    return group_by_seconds(longest_first, seconds.__getitem__, max_batch_seconds)
+def check_waveform(waveform: Any, name: str = "waveform") -> torch.Tensor:
+    """One clip's waveform (samples,), if the model can encode it.
 
-
-def _split(packed: torch.Tensor, lengths: Sequence[int]) -> list[torch.Tensor]:
-    """The clips of a packed tensor on the CPU, as copies: they neither hold their batch nor are inference tensors."""
-    return [piece.clone() for piece in packed.cpu().split(list(lengths))]
-
-
-def _device(model: MiMoAudioTokenizerModel, part: torch.nn.Module | None) -> torch.device:
-    """Where a part of the model runs. Weights that accelerate has offloaded are on "meta" and run where others are."""
-    weights = itertools.chain(model.parameters() if part is None else part.parameters(), model.parameters())
-    return next((weight.device for weight in weights if not weight.is_meta), torch.device("cpu"))
-
-
-def _log_mel(
-    extractor: MiMoAudioTokenizerFeatureExtractor, waveform: torch.Tensor, device: torch.device
-) -> torch.Tensor:
-    """(frames, n_mels) of one clip."""
-    features = extractor([waveform], sampling_rate=extractor.sampling_rate, device=device)
-    return features["input_features"][0].t()
-
-
-def _checked_waveform(waveform: Any, name: str) -> torch.Tensor:
+    Raises:
+        ValueError: it is no tensor or array, empty, not mono, not floating point, NaN or infinite; the message begins
+            with `name`.
+    """
     waveform = as_tensor(name, waveform)
     if waveform.ndim != 1 or not len(waveform):
         shape = tuple(waveform.shape)
@@ -214,3 +281,125 @@ def _checked_waveform(waveform: Any, name: str) -> torch.Tensor:
     if not waveform.isfinite().all():
         raise ValueError(f"{name} holds NaN or infinite samples; accepted: finite samples")
     return waveform
+
+
+@dataclass(frozen=True)
+class _Piece:
+    """Mel frames `start` to `stop` of a clip: all of them, or as many as are encoded in one piece."""
+
+    key: Any
+    waveform: torch.Tensor
+    start: int
+    stop: int
+    is_last: bool
+
+
+def _run_in_batches(
+    launch: Callable[[list[Item]], Callable[[], list[Result]]],
+    items: Iterable[Item],
+    seconds: Callable[[Item], float],
+    max_batch_seconds: float,
+    device: torch.device,
+    progress: Progress | None,
+) -> Iterator[tuple[Item, Result | torch.OutOfMemoryError]]:
+    """Items with their results, in order. A batch is prepared and launched while the one before it still runs.
+
+    Args:
+        launch: starts the computation of a batch on the device, and returns what waits for its results.
+        items: taken as batches are filled.
+        seconds: the duration of an item.
+        max_batch_seconds: the most in a batch. Where memory does not suffice, batches are halved from there on; an
+            item that does not fit alone gets the error for a result.
+    """
+    if not max_batch_seconds > 0:
+        raise ValueError(f"max_batch_seconds={max_batch_seconds}; accepted: a positive number of seconds")
+    limit = max_batch_seconds if _gains_from_batches(device) else 0.0
+    running: tuple[list[Item], Callable[[], list[Result]]] | None = None
+
+    def finished() -> Iterator[tuple[Item, Result]]:
+        nonlocal running
+        if running is None:
+            return
+        batch, collect = running
+        results = collect()
+        running = None
+        if progress is not None:
+            progress(sum(map(seconds, batch)))
+        yield from zip(batch, results, strict=True)
+
+    for group in group_by_seconds(items, seconds, limit):
+        parts = [group]
+        while parts:
+            # A group that was filled before the limit fell is cut to it.
+            batch, *rest = group_by_seconds(parts.pop(), seconds, limit)
+            parts += reversed(rest)
+            failure = None
+            try:
+                with torch.inference_mode():
+                    started = launch(batch)
+            except torch.OutOfMemoryError as error:
+                failure = error.with_traceback(None)  # which would keep the failed batch in memory
+            if failure is None:
+                yield from finished()
+                running = batch, started
+                continue
+            yield from finished()
+            torch.cuda.empty_cache()
+            if len(batch) == 1:
+                yield batch[0], failure
+                continue
+            limit = sum(map(seconds, batch)) / 2
+            logger.warning(f"out of memory with {2 * limit:g} s of audio at once: going on with {limit:g} s")
+            parts.append(batch)
+    yield from finished()
+
+
+def _gains_from_batches(device: torch.device) -> bool:
+    return device.type != "cpu"
+
+
+def _to_device(clips: Sequence[torch.Tensor], device: torch.device) -> torch.Tensor:
+    """Clips end to end on the device. To a GPU through pinned memory: other copies wait until its work is done."""
+    pinned = device.type == "cuda" and not any(clip.is_cuda for clip in clips)
+    shape = (sum(map(len, clips)), *clips[0].shape[1:])
+    packed = torch.empty(shape, dtype=clips[0].dtype, pin_memory=True) if pinned else None
+    return torch.cat(list(clips), out=packed).to(device, non_blocking=pinned)
+
+
+def _collector(packed: torch.Tensor, lengths: Sequence[int]) -> Callable[[], list[torch.Tensor]]:
+    """What waits for a packed result and cuts it into the clips' own, on the CPU.
+
+    These are copies: they neither hold their batch nor are inference tensors.
+    """
+    copy = packed.to("cpu", non_blocking=True)
+    copied = torch.cuda.Event() if packed.is_cuda else None
+    if copied is not None:
+        copied.record(torch.cuda.current_stream(packed.device))
+
+    def collect() -> list[torch.Tensor]:
+        if copied is not None:
+            copied.synchronize()
+        return [piece.clone() for piece in copy.split(list(lengths))]
+
+    return collect
+
+
+def _longest_first(clips: Sequence[torch.Tensor]) -> list[int]:
+    """Clips of like lengths beside each other, for attention backends that pad; if memory fails, it fails early."""
+    return sorted(range(len(clips)), key=lambda index: len(clips[index]), reverse=True)
+
+
+def _in_order(stream: Iterable[tuple[int, torch.Tensor | torch.OutOfMemoryError]]) -> list[torch.Tensor]:
+    """The results of clips 0, 1, ..., whatever order they come in. Raises the error of one that failed."""
+    results: dict[int, torch.Tensor] = {}
+    for index, result in stream:
+        if not isinstance(result, torch.Tensor):
+            raise result
+        results[index] = result
+    return [results[index] for index in range(len(results))]
+
+
+def _device(model: MiMoAudioTokenizerModel, part: torch.nn.Module | None) -> torch.device:
+    """Where a part of the model runs. Weights that accelerate has offloaded are on "meta" and run where others are."""
+    weights = itertools.chain(model.parameters() if part is None else part.parameters(), model.parameters())
+    return next((weight.device for weight in weights if not weight.is_meta), torch.device("cpu"))

@@ -33,6 +33,7 @@ from .audio import load_audio, save_audio
 from .checkpoints import load_model
 from .files import replacing
 from .inference import check_codes, convert_each, decode_codes, encode_waveforms
+from .jobs import lost_processes_named
 
 
 # What a line of the list has to name: what is read and what is written.
@@ -159,6 +160,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 1 if failures else 0
 
 
+@lost_processes_named()
 def run(args: argparse.Namespace) -> int:
     """Do the work of this process. Returns the number of failures in all processes."""
     if args.batch_size < 1:

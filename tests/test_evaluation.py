@@ -1,0 +1,447 @@
+"""Metrics against independent computations, and evaluations of folders, datasets and lists."""
+
+from __future__ import annotations
+
+import json
+import math
+import sys
+from concurrent.futures import Future
+from concurrent.futures.process import BrokenProcessPool
+from pathlib import Path
+
+import numpy as np
+import pystoi
+import pytest
+import soundfile
+import torch
+from datasets import Audio, Dataset, DatasetDict
+from matplotlib.image import imread
+from scipy.signal import resample_poly
+from transformers import Wav2Vec2FeatureExtractor, WavLMConfig, WavLMForXVector
+
+from mimo_audio_hf import decode_codes, encode_waveforms, load_audio, load_model
+from mimo_audio_hf.cli import main
+from mimo_audio_hf.evaluation import Clip, ClipScores, Evaluation, _PendingScores, evaluate, read_sources
+from mimo_audio_hf.metrics import (
+    CodebookUse,
+    SpeakerVerifier,
+    codebook_use,
+    mel_distance,
+    pesq,
+    require_package,
+    stoi,
+)
+
+
+SPEECH = Path(__file__).parent / "fixtures" / "audio" / "prompt_speech_en_m.wav"
+RATE = 24000
+# PESQ comes as C sources: `pip install -e ".[test]"` is not to need a compiler.
+WITHOUT_PESQ = ["stoi", "mel_distance"]
+
+
+@pytest.fixture(scope="module")
+def speech() -> torch.Tensor:
+    return load_audio(SPEECH)
+
+
+@pytest.fixture(scope="module")
+def noisy(speech) -> torch.Tensor:
+    return speech + 0.02 * torch.randn(len(speech), generator=torch.Generator().manual_seed(0))
+
+
+# --- metrics ---
+
+
+@pytest.mark.parametrize("mode", ["nb", "wb"])
+def test_pesq(speech, noisy, mode):
+    package = pytest.importorskip("pesq", reason="pesq is not installed: PESQ was not tested")
+    expected = package.pesq(16000, *(resample_poly(signal.double().numpy(), 2, 3) for signal in (speech, noisy)), mode)
+    score = pesq(speech, noisy, RATE, mode)
+    assert 1.1 < score < 4
+    assert score == pytest.approx(expected, abs=0.05)  # of another resampling filter
+    assert pesq(speech, speech, RATE, mode) > 4.5
+    with pytest.raises(ValueError, match="PESQ: the reference is silent"):
+        pesq(torch.zeros(RATE), noisy[:RATE], RATE, mode)
+    with pytest.raises(ValueError, match="PESQ: .*1/4 of a second"):
+        pesq(speech[:2000], speech[:2000], RATE, mode)
+
+
+def test_pesq_has_two_modes(speech):
+    with pytest.raises(ValueError, match="mode='swb'; accepted: 'nb' or 'wb'"):
+        pesq(speech, speech, RATE, "swb")
+
+
+def test_stoi(speech, noisy):
+    score = stoi(speech, noisy, RATE)
+    assert 0.3 < score < 0.99
+    assert score == pystoi.stoi(speech.double().numpy(), noisy.double().numpy(), RATE)
+    assert stoi(noisy, speech, RATE) != pytest.approx(score, abs=1e-3)
+    assert stoi(speech, speech, RATE) == pytest.approx(1)
+    for nothing in (torch.zeros(RATE), speech[:2000]):
+        with pytest.raises(ValueError, match="STOI: "):
+            stoi(nothing, nothing, RATE)
+
+
+def log_mel_float64(samples: np.ndarray, rate: int, floor: float) -> np.ndarray:
+    """128 HTK triangles over windows of 40 ms every 10 ms, from its definition."""
+    hop, size = rate // 100, rate // 25
+    padded = np.pad(samples, size // 2, mode="reflect")
+    window = np.sin(np.pi * np.arange(size) / size) ** 2
+    frames = np.stack([padded[start : start + size] * window for start in range(0, len(padded) - size + 1, hop)])
+    magnitudes = np.abs(np.fft.rfft(frames))
+    edges = 700 * (10 ** (np.linspace(0, 2595 * math.log10(1 + rate / 2 / 700), 130) / 2595) - 1)
+    bins = np.fft.rfftfreq(size, 1 / rate)
+    filters = [np.interp(bins, edges[i : i + 3], [0, 1, 0], left=0, right=0) for i in range(128)]
+    return np.log(np.maximum(magnitudes @ np.array(filters).T, floor))
+
+
+@pytest.mark.parametrize("rate", [24000, 16000])
+def test_mel_distance(speech, noisy, rate):
+    mels = [log_mel_float64(signal.double().numpy(), rate, 1e-3) for signal in (speech, noisy)]
+    expected = np.abs(mels[0] - mels[1]).mean()
+    assert expected > 0.5
+    assert mel_distance(speech, noisy, rate) == pytest.approx(expected, rel=1e-4)  # float32
+    assert mel_distance(speech, speech, rate) == 0
+    # Noise of an eighth of a 16-bit step in silence is no distance: it is under the floor.
+    assert mel_distance(torch.zeros(RATE), torch.rand(RATE) * 2**-18, rate) == 0
+
+
+def test_codebook_use_counts_all_clips():
+    clips = [torch.tensor([[7, 0], [7, 1]], dtype=torch.uint8), torch.tensor([[7, 2], [7, 2]]), torch.tensor([[6]])]
+    first, second, third = codebook_use(clips, [1024, 128, 4])
+    # Four times one entry and once another; twice once and once twice; never.
+    assert first == CodebookUse(1024, 2, pytest.approx(math.exp(-0.8 * math.log(0.8) - 0.2 * math.log(0.2))))
+    assert second == CodebookUse(128, 3, pytest.approx(math.sqrt(8)))
+    assert third == CodebookUse(4, 0, 1.0)
+    uniform = torch.arange(128).repeat(3)[:, None]
+    assert codebook_use([uniform], [128]) == [CodebookUse(128, 128, pytest.approx(128))]
+    with pytest.raises(ValueError, match="hold 4 for codebook 0.*accepted: 0 to 3"):
+        codebook_use([torch.tensor([[4]])], [4])
+    with pytest.raises(ValueError, match=r"shape \(1, 2\); accepted: \(frames, 1 to 1 codebooks\)"):
+        codebook_use([torch.tensor([[1, 1]])], [4])
+
+
+@pytest.mark.parametrize("metric", [stoi, mel_distance, lambda *signals: pesq(*signals, "nb")])
+def test_metrics_compare_equally_long_signals(speech, metric):
+    if metric not in (stoi, mel_distance):
+        pytest.importorskip("pesq", reason="pesq is not installed: PESQ was not tested")
+    for other in (speech[1:], speech[None]):
+        with pytest.raises(ValueError, match=r"accepted: \(samples,\), equally long"):
+            metric(speech, other, RATE)
+
+
+@pytest.fixture(scope="module")
+def speaker_model(tmp_path_factory) -> Path:
+    """A small model for speaker verification, randomly initialized."""
+    directory = tmp_path_factory.mktemp("speaker")
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        config = WavLMConfig(
+            hidden_size=32,
+            num_hidden_layers=2,
+            num_attention_heads=2,
+            intermediate_size=64,
+            conv_dim=(16,) * 7,
+            num_conv_pos_embeddings=16,
+            num_conv_pos_embedding_groups=2,
+            tdnn_dim=(16, 16, 16, 16, 32),
+            xvector_output_dim=24,
+        )
+        WavLMForXVector(config).save_pretrained(directory)
+    Wav2Vec2FeatureExtractor(do_normalize=True).save_pretrained(directory)
+    return directory
+
+
+def test_speaker_similarity(speech, speaker_model):
+    verifier = SpeakerVerifier(speaker_model)
+    one, other = speech[:48000], speech[48000:96000].flip(0)
+    model = WavLMForXVector.from_pretrained(speaker_model).eval()
+    embeddings = []
+    for signal in (one, other):
+        normalized = (signal - signal.mean()) / (signal.var(unbiased=False) + 1e-7).sqrt()
+        with torch.inference_mode():
+            embeddings.append(model(normalized[None]).embeddings[0].double().numpy())
+    expected = np.dot(*embeddings) / np.linalg.norm(embeddings[0]) / np.linalg.norm(embeddings[1])
+    assert verifier.similarity(one, other, 16000) == pytest.approx(expected, abs=1e-5)
+    assert verifier.similarity(one, one, RATE) == pytest.approx(1, abs=1e-5)
+    assert verifier.similarity(one, other, RATE) != pytest.approx(expected, abs=1e-5)  # resampled
+    with pytest.raises(ValueError, match="speaker similarity: 0.02 s of audio is too short"):
+        verifier.similarity(one[:400], one[:400], RATE)
+
+
+def test_speaker_model_has_to_be_one(tmp_path, tiny_checkpoint):
+    for directory in (tmp_path, tiny_checkpoint):
+        with pytest.raises(ValueError, match=f"speaker model '{directory}'.*accepted: a Hub id or a directory"):
+            SpeakerVerifier(directory)
+
+
+def test_an_encoder_without_its_head_is_no_speaker_model(tmp_path, speaker_model):
+    model = WavLMForXVector.from_pretrained(speaker_model)
+    model.wavlm.save_pretrained(tmp_path)
+    Wav2Vec2FeatureExtractor().save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="has no weights classifier.*accepted: a model that was trained for speaker"):
+        SpeakerVerifier(tmp_path)
+
+
+def test_missing_package_names_the_extra(monkeypatch):
+    monkeypatch.setitem(sys.modules, "pystoi", None)
+    with pytest.raises(ModuleNotFoundError, match=r"pystoi is not installed; .*'mimo-audio-hf\[eval\]'"):
+        require_package("pystoi")
+
+
+# --- sources ---
+
+
+@pytest.fixture(scope="module")
+def clips_by_language(tmp_path_factory, speech) -> Path:
+    """Folders zh and en with clips of speech."""
+    folder = tmp_path_factory.mktemp("recordings")
+    for place, first, last in (("zh/a.wav", 0, 30001), ("zh/more/b.flac", 20000, 50000), ("en/c.wav", 40000, 75000)):
+        (folder / place).parent.mkdir(parents=True, exist_ok=True)
+        soundfile.write(folder / place, speech[first:last].numpy(), RATE)
+    (folder / "notes.txt").write_text("no audio")
+    return folder
+
+
+def test_folder(clips_by_language):
+    clips, problems = read_sources([clips_by_language])
+    found = [(Path(clip.key).relative_to(clips_by_language).as_posix(), clip.subset, clip.read()) for clip in clips]
+    assert found == [
+        (name, name.split("/")[0], str(clips_by_language / name))
+        for name in ("en/c.wav", "zh/a.wav", "zh/more/b.flac")
+    ]
+    assert problems == {}
+    assert {clip.subset for clip in read_sources([clips_by_language / "en"])[0]} == {"en"}
+
+
+@pytest.mark.parametrize("form", ["dataset", "splits", "parquet"])
+def test_dataset(tmp_path, clips_by_language, form):
+    paths = sorted(map(str, (clips_by_language / "zh").rglob("*.*")))
+    rows = {"id": ["one", "two"], "audio": [{"bytes": Path(path).read_bytes(), "path": None} for path in paths]}
+    dataset = Dataset.from_dict(rows).cast_column("audio", Audio(sampling_rate=16000))
+    directory = tmp_path / "data"
+    if form == "dataset":
+        dataset.save_to_disk(directory)
+    elif form == "splits":
+        DatasetDict(test=dataset, dev=dataset.add_column("language", ["de", "de"])).save_to_disk(directory)
+    else:
+        directory.mkdir()
+        dataset.to_parquet(directory / "validation-00000-of-00001.parquet")
+    clips, _ = read_sources([directory])
+    split = {"dataset": "data", "splits": "test", "parquet": "validation"}[form]
+    expected = [f"{directory}:{split}:one", f"{directory}:{split}:two"]
+    subsets = [split, split]
+    if form == "splits":
+        expected += [f"{directory}:dev:one", f"{directory}:dev:two"]
+        subsets += ["de", "de"]
+    assert [clip.key for clip in clips] == expected
+    assert [clip.subset for clip in clips] == subsets
+    assert [clip.read()["bytes"] for clip in clips[:2]] == [Path(path).read_bytes() for path in paths]
+    with pytest.raises(ValueError, match="no column 'speech'; accepted: 'id', 'audio'"):
+        read_sources([directory], audio_column="speech")
+
+
+def test_list(tmp_path):
+    folder = tmp_path / "zh"
+    folder.mkdir()
+    lines = [
+        "1-2|prompt one|prompt-wavs/1.wav|text",
+        "1-3|prompt one|prompt-wavs/1.wav|text|other/3.wav",
+        "",
+        "bad|line",
+        "2-3|prompt two|/elsewhere/2.wav|text",
+    ]
+    (folder / "meta.lst").write_text("\n".join(lines), encoding="utf-8")
+    prompts, problems = read_sources([folder / "meta.lst"])
+    assert [clip.key for clip in prompts] == [str(folder / "prompt-wavs/1.wav"), "/elsewhere/2.wav"]
+    assert {clip.subset for clip in prompts} == {"zh"}
+    assert problems == {
+        f"{folder / 'meta.lst'}, line 4": (
+            "2 fields; accepted: name|prompt text|prompt audio|text, or with |audio at the end"
+        )
+    }
+    targets, _ = read_sources([folder / "meta.lst"], list_audio="target")
+    assert [clip.key for clip in targets] == [
+        str(folder / name) for name in ("wavs/1-2.wav", "other/3.wav", "wavs/2-3.wav")
+    ]
+
+
+def test_bad_sources(tmp_path, clips_by_language):
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "empty.lst").write_text("\n")
+    (tmp_path / "latin.lst").write_bytes(b"\xff\xfe\xfa")
+    for source, message in (
+        ("missing", "missing: no such file or directory; accepted: a folder"),
+        ("empty", "empty: no clips"),
+        ("empty.lst", "empty.lst: no clips"),
+        ("latin.lst", "latin.lst: not a text file in UTF-8"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            read_sources([tmp_path / source])
+    with pytest.raises(ValueError, match="two clips have the key"):
+        read_sources([clips_by_language, clips_by_language])
+    with pytest.raises(ValueError, match="list_audio='both'; accepted: 'prompt' or 'target'"):
+        read_sources([clips_by_language], list_audio="both")
+
+
+# --- evaluation ---
+
+
+def test_scores_are_those_of_each_clip(clips_by_language, tiny_model, speaker_model):
+    clips, _ = read_sources([clips_by_language])
+    verifier = SpeakerVerifier(speaker_model)
+    evaluation = evaluate(
+        tiny_model, clips, [20, 8], metrics=WITHOUT_PESQ, speaker_verifier=verifier, workers=1, max_batch_seconds=2
+    )
+    assert evaluation.failures == {}
+    assert [(clip.key, clip.num_quantizers) for clip in evaluation.clips] == [
+        (str(clips_by_language / name), count)
+        for names in (["en/c.wav"], ["zh/a.wav"], ["zh/more/b.flac"])
+        for count in (8, 20)
+        for name in names
+    ]
+    all_codes = []
+    for scored in evaluation.clips:
+        waveform = load_audio(scored.key)
+        (codes,) = encode_waveforms(tiny_model, [waveform], scored.num_quantizers)
+        (decoded,) = decode_codes(tiny_model, [codes])
+        decoded = decoded[: len(waveform)]
+        # Batches of other sizes round otherwise.
+        assert scored.scores == {
+            "stoi": pytest.approx(stoi(waveform, decoded, RATE), abs=1e-4),
+            "mel_distance": pytest.approx(mel_distance(waveform, decoded, RATE), abs=1e-4),
+            "speaker_similarity": pytest.approx(verifier.similarity(waveform, decoded, RATE), abs=1e-4),
+        }
+        assert (scored.reasons, scored.seconds) == ({}, len(waveform) / RATE)
+        if scored.num_quantizers == 20:
+            all_codes.append(codes)
+    assert evaluation.codebooks == codebook_use(all_codes, tiny_model.config.codebook_sizes)
+    assert evaluation.bitrates == {8: 1550, 20: 3650}
+    assert all(0 < factor < 10 for factor in evaluation.real_time_factors.values())
+    assert evaluation.metrics == ["speaker_similarity", "stoi", "mel_distance"]
+    two = [clip.scores["stoi"] for clip in evaluation.clips if clip.subset == "zh" and clip.num_quantizers == 8]
+    mean = evaluation.mean("stoi", "zh", 8)
+    assert (mean.value, mean.clips) == (pytest.approx(sum(two) / 2), 2)
+
+
+def test_command(clips_by_language, tiny_checkpoint, tmp_path, capsys):
+    bad = tmp_path / "bad"
+    bad.mkdir()
+    (bad / "damaged.wav").write_bytes(b"RIFF")
+    soundfile.write(bad / "silent.wav", np.zeros(RATE), RATE)
+    soundfile.write(bad / "short.wav", np.full(2400, 0.1), RATE)
+    out = tmp_path / "new" / "out"
+    arguments = ["evaluate", str(clips_by_language), str(bad), "-o", str(out), "--num-quantizers", "8", "20"]
+    arguments += ["--metrics", *WITHOUT_PESQ, "--workers", "1", "--model", str(tiny_checkpoint), "--device", "cpu"]
+    assert main(arguments) == 1  # for the damaged clip
+    captured = capsys.readouterr()
+    (error,) = captured.err.splitlines()
+    assert error.startswith(f"mimo-audio: error: {bad / 'damaged.wav'}: ")
+    assert "evaluated 5 of 6 clips in " in captured.out
+
+    result = json.loads((out / "evaluation.json").read_text())
+    assert list(result["failures"]) == [str(bad / "damaged.wav")]
+    assert result["model"]["name"] == str(tiny_checkpoint)
+    assert (result["model"]["dtype"], result["speaker_model"]) == ("float32", None)
+    assert torch.__version__.startswith(result["versions"]["torch"])
+    assert len(result["clips"]) == 10
+    assert len(result["codebooks"]) == 20
+    silent = next(clip for clip in result["clips"] if clip["key"].endswith("silent.wav"))
+    assert silent["reasons"] == {"stoi": "STOI: the reference is silent"}
+    assert list(silent["scores"]) == ["mel_distance"]
+    means = {(row["subset"], row["num_quantizers"]): row for row in result["means"]}
+    assert list(means) == [(subset, count) for subset in (None, "en", "zh", "bad") for count in (8, 20)]
+    assert means[None, 8]["stoi"]["clips"] == 3
+    assert means["bad", 8]["stoi"] == {"mean": None, "clips": 0}
+    assert means["bad", 8]["mel_distance"]["clips"] == 2
+    eight = [clip for clip in result["clips"] if clip["num_quantizers"] == 8]
+    expected = np.mean([clip["scores"]["stoi"] for clip in eight if clip["subset"] == "zh"])
+    assert means["zh", 8]["stoi"] == {"mean": pytest.approx(expected), "clips": 2}
+
+    table = (out / "evaluation.md").read_text()
+    assert table in captured.out
+    header, _, eight, twenty, *rest = table.splitlines()
+    columns = [f"{subset}: {title}" for subset in ("en", "zh", "bad") for title in ("STOI", "mel distance")]
+    assert header == f"| codebooks | bit/s | {' | '.join(columns)} | RTF |"
+    cells = eight.strip("| ").split(" | ")
+    assert cells[:2] == ["8", "1550"]
+    assert cells[4] == f"{expected:.2f}"
+    assert cells[6] == "-"
+    assert twenty.startswith("| 20 | 3650 | ")
+    assert "Without STOI: 2 of 10 decoded clips (STOI: the reference is silent)." in rest
+    assert f"Failed: {bad / 'damaged.wav'}: {result['failures'][str(bad / 'damaged.wav')]}." in rest
+    assert rest[-20].startswith("| 0 | 1024 | ")
+
+    image = imread(out / "evaluation.png")
+    assert image.shape[:2] == (480, 960)  # two panels
+    assert image.std() > 0.01
+
+    assert main(arguments) == 1  # nothing is overwritten
+    assert f"{out / 'evaluation.json'} exists; accepted: a folder without" in capsys.readouterr().err
+
+
+def test_command_on_a_list(clips_by_language, tiny_checkpoint, tmp_path, capsys):
+    listed = clips_by_language / "meta.lst"
+    listed.write_text("1|text|zh/a.wav|text\n2|text|zh/a.wav|text\n3|text|gone.wav|text\n4|nothing\n")
+    arguments = ["evaluate", str(listed), "-o", str(tmp_path), "--metrics", "mel_distance", "--workers", "1"]
+    assert main([*arguments, "--model", str(tiny_checkpoint), "--device", "cpu"]) == 1
+    captured = capsys.readouterr()
+    assert "evaluated 1 of 3 clips" in captured.out
+    assert f"mimo-audio: error: {listed}, line 4: 2 fields" in captured.err
+    assert f"mimo-audio: error: {clips_by_language / 'gone.wav'}: No such file or directory" in captured.err
+
+
+def test_bad_arguments(clips_by_language, tiny_model, tiny_checkpoint, tmp_path, monkeypatch, capsys):
+    clips, _ = read_sources([clips_by_language])
+    for options, message in (
+        ({"num_quantizers": [8, 21]}, "num_quantizers=21; accepted: 1 to 20"),
+        ({"metrics": ["mos"]}, "metric 'mos'; accepted: pesq_nb, pesq_wb, stoi, mel_distance"),
+        ({"workers": 0}, "workers=0; accepted: 1 or more"),
+        ({"clips": []}, "there are no clips to evaluate"),
+        ({"clips": [Clip("gone", "set", lambda: "gone.wav")]}, "none of 1 clips could be evaluated; .* gone.wav"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            evaluate(tiny_model, **{"clips": clips, "metrics": ["mel_distance"], "workers": 1} | options)
+
+    training = load_model("tiny", device="cpu").train()
+    with pytest.raises(ValueError, match="in training mode"):
+        evaluate(training, clips, metrics=["mel_distance"], workers=1)
+
+    monkeypatch.setitem(sys.modules, "pesq", None)
+    command = ["evaluate", str(clips_by_language), "-o", str(tmp_path), "--model", str(tiny_checkpoint)]
+    assert main(command) == 1
+    (error,) = capsys.readouterr().err.splitlines()
+    assert error == "mimo-audio: error: the package pesq is not installed; accepted: pip install 'mimo-audio-hf[eval]'"
+    assert not any(tmp_path.iterdir())
+
+
+def test_a_worker_that_dies_is_named():
+    future: Future = Future()
+    future.set_exception(BrokenProcessPool())
+    pending = _PendingScores(Clip("name", "set", str), 1.0, 8, future, None)
+    with pytest.raises(OSError, match="a worker process died at or near name"):
+        pending.result()
+
+
+def test_means_leave_out_what_is_not_defined():
+    scores = [{"stoi": 0.5}, {}, {"stoi": 1.0}]
+    clips = [ClipScores(str(i), "set", 1.0, 8, each, {} if each else {"stoi": "x"}) for i, each in enumerate(scores)]
+    evaluation = Evaluation(
+        {"name": "m", "dtype": "d", "device": "c"}, ["stoi"], None, clips, {}, [], {8: 1.0}, {8: 1.0}
+    )
+    assert evaluation.mean("stoi", "set", 8).value == 0.75
+    assert evaluation.mean("stoi", "set", 8).clips == 2
+    assert math.isnan(evaluation.mean("stoi", "other", 8).value)
+
+
+def test_many_subsets_are_rows(tmp_path):
+    clips = [ClipScores(f"{i}", f"set{i}", 1.0, 8, {"stoi": i / 10}, {}) for i in range(6)]
+    evaluation = Evaluation(
+        {"name": "m", "dtype": "d", "device": "c"}, ["stoi"], None, clips, {}, [], {8: 1.0}, {8: 2}
+    )
+    header, _, everything, *rows = evaluation.to_markdown().split("\n\n")[0].splitlines()
+    assert header == "| set | codebooks | bit/s | STOI | RTF |"
+    assert everything == "| all | 8 | 1 | 0.25 | 2.0000 |"
+    assert rows == [f"| set{i} | 8 | 1 | {i / 10:.2f} | 2.0000 |" for i in range(6)]
+    evaluation.save_plot(tmp_path / "plot.png")
+    assert (tmp_path / "plot.png").exists()
