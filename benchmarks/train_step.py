@@ -22,9 +22,9 @@ from torch.utils.flop_counter import FlopCounterMode
 from workloads import floor_flops, measured_ceiling, mel_lengths, random_model, report, seconds_of
 
 from mimo_audio_hf import MiMoAudioTokenizerConfig
-from mimo_audio_hf.training_batch import Batch, Collator
-from mimo_audio_hf.training_config import TrainingConfig
-from mimo_audio_hf.training_step import TrainingStep, make_accelerator
+from mimo_audio_hf.training.batch import Batch, Collator
+from mimo_audio_hf.training.config import TrainingConfig
+from mimo_audio_hf.training.step import TrainingStep, make_accelerator
 
 
 def random_batch(collator: Collator, seconds: float, clips: int, device: torch.device) -> Batch:

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import nn
 
-from mimo_audio_hf.discriminators import AudioDiscriminator, PeriodDiscriminator, STFTDiscriminator
+from mimo_audio_hf.training.discriminators import AudioDiscriminator, PeriodDiscriminator, STFTDiscriminator
 
 
 SAMPLES = 600

@@ -328,7 +328,7 @@ def test_card_of_the_released_model():
 
 def training_document(stage=2, **config):
     """As a training run writes it."""
-    from mimo_audio_hf.training_config import TrainingConfig
+    from mimo_audio_hf.training.config import TrainingConfig
 
     options = TrainingConfig(output_dir="run", stage=stage, train_data="/home/me/voices", **config)
     return {

@@ -9,8 +9,13 @@ from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
 
-from mimo_audio_hf.audio_to_text import AudioToTextLoss, load_language_model
-from mimo_audio_hf.losses import MultiScaleMelLoss, adversarial_loss, discriminator_loss, feature_matching_loss
+from mimo_audio_hf.training.audio_to_text import AudioToTextLoss, load_language_model
+from mimo_audio_hf.training.losses import (
+    MultiScaleMelLoss,
+    adversarial_loss,
+    discriminator_loss,
+    feature_matching_loss,
+)
 
 
 LENGTHS = [4000, 2401, 3999]

@@ -22,12 +22,20 @@ from pystoi import stoi
 from safetensors.torch import load_file
 
 import mimo_audio_hf
-from mimo_audio_hf import MiMoAudioTokenizerConfig, MiMoAudioTokenizerModel, encode_waveforms, load_audio, load_model
+from mimo_audio_hf import (
+    MiMoAudioTokenizerConfig,
+    MiMoAudioTokenizerFeatureExtractor,
+    MiMoAudioTokenizerModel,
+    encode_waveforms,
+    load_audio,
+    load_model,
+)
 from mimo_audio_hf.cli import main
-from mimo_audio_hf.losses import MultiScaleMelLoss
 from mimo_audio_hf.training import NonFiniteLossError, Trainer
-from mimo_audio_hf.training_config import TrainingConfig, read_yaml
-from mimo_audio_hf.training_data import Clips, open_dataset, plan_epoch, plan_run
+from mimo_audio_hf.training.config import TrainingConfig, read_yaml
+from mimo_audio_hf.training.data import Clips, PlannedBatch, open_dataset, plan_epoch, plan_run
+from mimo_audio_hf.training.losses import MultiScaleMelLoss
+from mimo_audio_hf.training.pictures import reconstruction_figure, save_figure, training_figure
 
 
 RECORDING = Path(__file__).parent / "fixtures" / "audio" / "prompt_speech_en_m.wav"
@@ -318,6 +326,31 @@ def test_gradient_accumulation_is_a_larger_batch(stage1, tmp_path, waveform):
     assert_moved_alike(start, tmp_path / "two" / "checkpoint-2", tmp_path / "one" / "checkpoint-2")
 
 
+def test_gains(stage1, clips, tmp_path):
+    changed = {"gain_db": 20.0, "crop_seconds": 2.0}
+    trainer = Trainer(TrainingConfig(**options(stage1 / "checkpoint-200", tmp_path, **changed)), clips)
+
+    def ratios(crop: bool, epoch: int = 0) -> torch.Tensor:
+        planned = PlannedBatch(epoch, list(range(20)))
+        batch = trainer._reader(trainer.train_clips, crop=crop)[planned]
+        recorded = torch.cat([trainer.train_clips.load(clip)[0] for clip in range(20)])
+        assert batch.waveforms.abs().max() <= 1 + 1e-6
+        means = [
+            made.norm() / given.norm()
+            for made, given in zip(batch.waveforms.split(batch.lengths), recorded.split(batch.lengths), strict=True)
+        ]
+        torch.testing.assert_close(
+            batch.waveforms, torch.cat([g * c for g, c in zip(means, recorded.split(batch.lengths), strict=True)])
+        )
+        return torch.stack(means)
+
+    gains = ratios(True)
+    assert gains.min() >= 0.0999 and gains.max() <= 10.001
+    assert gains.log10().std() > 0.2
+    assert torch.equal(gains, ratios(True)) and not torch.equal(gains, ratios(True, epoch=1))
+    assert torch.equal(ratios(False), torch.ones(20))
+
+
 def test_quantizer_dropout_is_of_the_step_alone(stage1, clips, tmp_path):
     config = TrainingConfig(**options(stage1 / "checkpoint-200", tmp_path, quantizer_dropout=0.5))
     trainer = Trainer(config, clips)
@@ -477,12 +510,12 @@ def test_validation_writes_what_people_look_at(stage1, clips, waveform, tmp_path
         assert metrics[f"codebook_use/{book}"] == len(codes[:, book].unique()) / size
     for step in (2, 4):
         samples = tmp_path / "samples" / f"step-{step}"
-        names = ("decoded.wav", "recording.wav", "mels.png")
+        names = ("-decoded.wav", "-recording.wav", ".png")
         assert sorted(path.name for path in samples.iterdir()) == sorted(
-            f"{n}-{name}" for n in (0, 1) for name in names
+            f"{n}{name}" for n in (0, 1) for name in names
         )
         assert soundfile.info(samples / "0-decoded.wav").frames == int(0.4 * RATE)
-        assert (samples / "0-mels.png").read_bytes().startswith(b"\x89PNG")
+    assert (tmp_path / "training.png").is_file()
     assert list((tmp_path / "logs").glob("events*"))
     best = json.loads((tmp_path / "best" / "training.json").read_text())
     assert best["metrics"]["loudness"] == metrics["loudness"]
@@ -495,17 +528,26 @@ def test_validation_writes_what_people_look_at(stage1, clips, waveform, tmp_path
 
 
 def test_pictures(tmp_path):
-    from PIL import Image
-
-    from mimo_audio_hf.pictures import mel_picture, write_png
-
-    low, high = torch.zeros(8, 5), torch.ones(8, 5)
-    low[0] = 2  # the lowest pitch, at the bottom
-    picture = mel_picture([low, high])
-    write_png(tmp_path / "mels.png", picture)
-    assert np.array_equal(np.asarray(Image.open(tmp_path / "mels.png")), picture.numpy())
-    assert picture.shape == (18, 5)
-    assert (picture[7] == 255).all() and (picture[:7] == 0).all() and (picture[10:] == 128).all()
+    extractor = MiMoAudioTokenizerFeatureExtractor()
+    recording, decoded = torch.randn(2, RATE, generator=torch.Generator().manual_seed(0)) * 0.1
+    figure = reconstruction_figure(recording, decoded, extractor)
+    for axes, waveform in zip(figure.axes[:2], (recording, decoded), strict=True):
+        assert np.array_equal(axes.lines[0].get_ydata(), waveform)
+    for axes, waveform in zip(figure.axes[2:], (recording, decoded), strict=True):
+        assert np.array_equal(axes.images[0].get_array(), extractor.log_mel_spectrogram(waveform))
+    log = [
+        {"step": 1, "train/mel_loss": 3.0, "train/learning_rate": 1.0},
+        {"step": 2, "train/mel_loss": 2.0},
+        {"step": 2, "validation/mel_loss": 2.5, "validation/stoi": 0.5, "validation/codebook_use/0": 1.0},
+        {"step": 2, "train/mel_loss": 1.0},  # after the run was resumed
+    ]
+    figure = training_figure(log)
+    assert [axes.get_title() for axes in figure.axes] == ["mel_loss", "stoi"]
+    train, validation = figure.axes[0].lines
+    assert (list(train.get_xdata()), list(train.get_ydata())) == ([1, 2], [3.0, 1.0])
+    assert (list(validation.get_xdata()), list(validation.get_ydata())) == ([2], [2.5])
+    save_figure(tmp_path / "training.png", figure)
+    assert (tmp_path / "training.png").read_bytes().startswith(b"\x89PNG")
 
 
 # --- Bad data ---

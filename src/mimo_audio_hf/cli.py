@@ -40,7 +40,7 @@ from .inference import (
 from .jobs import JobOptions, Summary, detokenize_job, tokenize_job
 from .metrics import SpeakerVerifier, codebook_use, require_package
 from .modeling_mimo_audio_tokenizer import ATTENTION_BACKENDS, MiMoAudioTokenizerModel
-from .train_command import add_train
+from .training.command import add_train
 from .version import __version__
 
 

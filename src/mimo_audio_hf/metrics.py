@@ -210,8 +210,8 @@ class SpeakerVerifier:
             raise ValueError(f"speaker similarity: {seconds:.2f} s of audio is too short for {self.name}") from error
 
 
-def require_package(name: str) -> ModuleType:
-    """A package of the extra `eval`.
+def require_package(name: str, extra: str = "eval") -> ModuleType:
+    """A package of an extra.
 
     Raises:
         ModuleNotFoundError: it is not installed.
@@ -220,7 +220,7 @@ def require_package(name: str) -> ModuleType:
         return importlib.import_module(name)
     except ModuleNotFoundError as error:
         raise ModuleNotFoundError(
-            f"the package {name} is not installed; accepted: pip install 'mimo-audio-hf[eval]'", name=name
+            f"the package {name} is not installed; accepted: pip install 'mimo-audio-hf[{extra}]'", name=name
         ) from error
 
 

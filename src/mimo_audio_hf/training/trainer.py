@@ -13,7 +13,7 @@ every `logging_steps`, before every checkpoint and at the end.
 from __future__ import annotations
 
 import dataclasses
-import importlib
+import functools
 import itertools
 import json
 import logging
@@ -30,22 +30,25 @@ import torch
 import transformers
 from tqdm import tqdm
 
-from . import training_checkpoint
-from .audio import save_audio
+from ..audio import save_audio
+from ..checkpoints import load_model
+from ..files import replacing
+from ..metrics import mel_distance, pesq, require_package, stoi
+from ..version import __version__
+from . import checkpointing
 from .audio_to_text import AudioToTextLoss, load_language_model
-from .checkpoints import load_model
+from .checkpointing import TRAINING_NAME
+from .config import RECONSTRUCTION, TrainingConfig
+from .data import BatchReader, Clips, Collator, open_dataset, plan_epoch, plan_run
 from .discriminators import AudioDiscriminator
-from .files import replacing
 from .losses import MultiScaleMelLoss
-from .pictures import mel_picture, write_png
-from .training_checkpoint import TRAINING_NAME
-from .training_config import RECONSTRUCTION, TrainingConfig
-from .training_data import BatchReader, Clips, Collator, open_dataset, plan_epoch, plan_run
-from .training_step import TrainingStep, derived_seed, make_accelerator
-from .version import __version__
+from .pictures import reconstruction_figure, save_figure, training_figure
+from .step import TrainingStep, derived_seed, make_accelerator
 
 
 logger = logging.getLogger(__name__)
+
+LOG_NAME = "log.jsonl"
 
 # How well one clip was reconstructed: (reference, decoded, sampling_rate), both (samples,) float32 on the CPU.
 Metric = Callable[[torch.Tensor, torch.Tensor, int], float]
@@ -90,13 +93,14 @@ class Trainer:
         validation_dataset: datasets.Dataset | None = None,
         metrics: Mapping[str, Metric] | None = None,
     ) -> None:
+        require_package("matplotlib", "train")
         self.config = config
         self.directory = Path(config.output_dir)
         self.metrics = {name: find_metric(name) for name in config.metrics} | dict(metrics or {})
         known = (RECONSTRUCTION, *self.metrics)
         if config.metric_for_best_model not in known:
             raise ValueError(f"metric_for_best_model={config.metric_for_best_model!r}; accepted: {', '.join(known)}")
-        newest = training_checkpoint.newest(self.directory)
+        newest = checkpointing.newest(self.directory)
         if newest is not None and not config.resume:
             raise ValueError(
                 f"{self.directory} holds a run already ({newest.name}); accepted: another directory, or resume=True"
@@ -125,7 +129,7 @@ class Trainer:
 
     @property
     def newest_checkpoint(self) -> Path | None:
-        return training_checkpoint.newest(self.directory)
+        return checkpointing.newest(self.directory)
 
     # --- Making the parts ---
 
@@ -139,7 +143,7 @@ class Trainer:
             )
             self.audio_to_text = AudioToTextLoss(language_model, self.tokenizer.config.d_model)
             if checkpoint is not None:
-                self.audio_to_text.load_state_dict(training_checkpoint.load_tensors(checkpoint, "audio_to_text"))
+                self.audio_to_text.load_state_dict(checkpointing.load_tensors(checkpoint, "audio_to_text"))
             end = cast(int, text_tokenizer.eos_token_id)
 
             def tokenize(text: str) -> list[int]:
@@ -198,6 +202,7 @@ class Trainer:
             clips,
             self.collator,
             crop_samples=round(self.config.crop_seconds * clips.sampling_rate) if crop else None,
+            gain_db=self.config.gain_db if crop else 0.0,
             seed=self.config.seed,
             process_index=self.accelerator.process_index,
             num_processes=self.accelerator.num_processes,
@@ -226,7 +231,7 @@ class Trainer:
         if accelerator.is_main_process:
             self.directory.mkdir(parents=True, exist_ok=True)
             with replacing(self.directory / TRAINING_NAME) as temporary:
-                training_checkpoint.write_json(temporary, self._document({}))
+                checkpointing.write_json(temporary, self._document({}))
         if config.report_to:
             flat = {name: value for name, value in dataclasses.asdict(config).items() if _is_scalar(value)}
             try:
@@ -273,10 +278,11 @@ class Trainer:
                     is_best = self._is_best(metrics)
                     self._log({f"validation/{name}": value for name, value in metrics.items()})
                 if saves:
-                    self.save(training_checkpoint.path(self.directory, self.step), metrics, to_resume=True)
+                    self.save(checkpointing.path(self.directory, self.step), metrics, to_resume=True)
                 if is_best:
-                    self.save(self.directory / training_checkpoint.BEST, metrics, to_resume=False)
+                    self.save(self.directory / checkpointing.BEST, metrics, to_resume=False)
                 if validates or saves:
+                    self._draw_log()
                     started = time.perf_counter()
         if config.report_to:
             accelerator.end_training()
@@ -299,10 +305,15 @@ class Trainer:
 
     def _log(self, values: dict[str, float]) -> None:
         if self.accelerator.is_main_process:
-            with (self.directory / "log.jsonl").open("a", encoding="utf-8") as file:
+            with (self.directory / LOG_NAME).open("a", encoding="utf-8") as file:
                 file.write(json.dumps({"step": self.step} | values) + "\n")
         if self.config.report_to:
             self.accelerator.log(values, step=self.step)
+
+    def _draw_log(self) -> None:
+        if self.accelerator.is_main_process:
+            lines = (self.directory / LOG_NAME).read_text(encoding="utf-8").splitlines()
+            save_figure(self.directory / "training.png", training_figure(map(json.loads, lines)))
 
     # --- Validation ---
 
@@ -372,19 +383,18 @@ class Trainer:
         return False
 
     def _write_sample(self, clip: int, key: str, reference: torch.Tensor, decoded: torch.Tensor) -> None:
-        """Audio and a picture of the mels, the recording's above the decoded one's, as files and to the trackers."""
+        """Audio and a picture of it, beside the recording's, as files and to the trackers."""
         rate = self.tokenizer.config.sampling_rate
         folder = self.directory / "samples" / f"step-{self.step}"
-        mels = [self.collator.extractor.log_mel_spectrogram(waveform) for waveform in (reference, decoded)]
-        picture = mel_picture(mels)
+        figure = reconstruction_figure(reference, decoded, self.collator.extractor)
         save_audio(folder / f"{clip}-decoded.wav", decoded, rate)
         save_audio(folder / f"{clip}-recording.wav", reference, rate)
-        write_png(folder / f"{clip}-mels.png", picture)
+        save_figure(folder / f"{clip}.png", figure)
         for tracker in self.accelerator.trackers:
             if tracker.name == "tensorboard":
                 writer = tracker.tracker
                 writer.add_audio(f"validation/{key}", decoded[None].clamp(-1, 1), self.step, sample_rate=rate)
-                writer.add_image(f"validation/{key}", picture[None], self.step)
+                writer.add_figure(f"validation/{key}", figure, self.step)
 
     # --- Checkpoints ---
 
@@ -399,20 +409,20 @@ class Trainer:
         if text_model:
             tensors["audio_to_text"] = text_model
         if accelerator.is_main_process:
-            with training_checkpoint.replacing_directory(target) as temporary:
+            with checkpointing.replacing_directory(target) as temporary:
                 self.tokenizer.save_pretrained(temporary, state_dict=model)
                 self.collator.extractor.save_pretrained(temporary)
-                training_checkpoint.write_json(temporary / TRAINING_NAME, self._document(metrics))
+                checkpointing.write_json(temporary / TRAINING_NAME, self._document(metrics))
                 if to_resume:
                     for name, contents in tensors.items():
-                        training_checkpoint.save_tensors(temporary, name, contents)
+                        checkpointing.save_tensors(temporary, name, contents)
                     state = {"step": self.step, "best": self.best} | settings
-                    training_checkpoint.write_json(temporary / training_checkpoint.STATE_NAME, state)
-            training_checkpoint.remove_old(self.directory, self.config.save_total_limit)
+                    checkpointing.write_json(temporary / checkpointing.STATE_NAME, state)
+            checkpointing.remove_old(self.directory, self.config.save_total_limit)
         accelerator.wait_for_everyone()
 
     def _resume(self, checkpoint: Path) -> None:
-        found = training_checkpoint.read_json(checkpoint / TRAINING_NAME)
+        found = checkpointing.read_json(checkpoint / TRAINING_NAME)
         ours = json.loads(json.dumps(self._document({})))
         for name, value in ours["config"].items():
             if name not in self.config.may_change and found["config"].get(name) != value:
@@ -422,8 +432,8 @@ class Trainer:
             raise ValueError(f"{ours['processes']} processes; accepted with resume=True: {found['processes']}")
         if found["data"]["train"]["fingerprint"] != ours["data"]["train"]["fingerprint"]:
             raise ValueError(f"the training data are not those of {checkpoint}; accepted with resume=True: the same")
-        state = training_checkpoint.read_json(checkpoint / training_checkpoint.STATE_NAME)
-        self.trained.load_state(lambda name: training_checkpoint.load_tensors(checkpoint, name), state)
+        state = checkpointing.read_json(checkpoint / checkpointing.STATE_NAME)
+        self.trained.load_state(lambda name: checkpointing.load_tensors(checkpoint, name), state)
         self.step, self.best = state["step"], state["best"]
 
     def _document(self, metrics: dict[str, float]) -> dict[str, Any]:
@@ -459,23 +469,22 @@ class Trainer:
 
 
 def find_metric(name: str) -> Metric:
-    """A metric of the module `metrics` by name.
+    """A metric of a clip by name.
 
     Raises:
         ValueError: there is none of this name.
+        ModuleNotFoundError: its package is not installed; the message names the extra.
     """
-    try:
-        metrics = importlib.import_module(".metrics", __package__)
-    except ImportError as error:
-        raise ValueError(f"metrics={name!r}: {error}") from error
     known: dict[str, Metric] = {
-        "mel_distance": metrics.mel_distance,
-        "stoi": metrics.stoi,
-        "pesq_nb": lambda reference, decoded, rate: metrics.pesq(reference, decoded, rate, "nb"),
-        "pesq_wb": lambda reference, decoded, rate: metrics.pesq(reference, decoded, rate, "wb"),
+        "mel_distance": mel_distance,
+        "stoi": stoi,
+        "pesq_nb": functools.partial(pesq, mode="nb"),
+        "pesq_wb": functools.partial(pesq, mode="wb"),
     }
     if name not in known:
         raise ValueError(f"metrics={name!r}; accepted: {', '.join(known)}")
+    if name != "mel_distance":
+        require_package("pystoi" if name == "stoi" else "pesq")
     return known[name]
 
 

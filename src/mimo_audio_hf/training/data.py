@@ -20,9 +20,9 @@ import torch
 from torch.utils.data import DataLoader
 from torch.utils.data import Dataset as TorchDataset
 
-from .audio import AUDIO_SUFFIXES
-from .dataset import to_waveform
-from .training_batch import Batch, Collator
+from ..audio import AUDIO_SUFFIXES
+from ..dataset import to_waveform
+from .batch import Batch, Collator
 
 
 # A clip that never gets louder than this (-80 dB of full scale) is silent.
@@ -313,6 +313,7 @@ class BatchReader(TorchDataset["Batch | ValueError"]):
         collator: Collator,
         *,
         crop_samples: int | None,
+        gain_db: float,
         seed: int,
         process_index: int,
         num_processes: int,
@@ -321,6 +322,7 @@ class BatchReader(TorchDataset["Batch | ValueError"]):
         self.clips = clips
         self.collator = collator
         self.crop_samples = crop_samples
+        self.gain_db = gain_db
         self.seed = seed
         self.process_index = process_index
         self.num_processes = num_processes
@@ -330,6 +332,12 @@ class BatchReader(TorchDataset["Batch | ValueError"]):
         """Samples of a clip that a batch holds: of a long one, a crop."""
         length = self.clips.lengths[clip]
         return length if self.crop_samples is None else min(length, self.crop_samples)
+
+    def _amplified(self, waveform: torch.Tensor, generator: random.Random) -> torch.Tensor:
+        """Louder or softer, but never so loud that samples leave [-1, 1]."""
+        gain = 10 ** (generator.uniform(-self.gain_db, self.gain_db) / 20)
+        loudest = max(float(waveform.abs().max()), SILENCE)
+        return waveform * min(gain, max(1.0, 1 / loudest))
 
     def __getitem__(self, planned: PlannedBatch) -> Batch | ValueError:  # type: ignore[override]
         mine = planned.clips[self.process_index :: self.num_processes]
@@ -342,8 +350,8 @@ class BatchReader(TorchDataset["Batch | ValueError"]):
                 generator = random.Random(f"crop {self.seed} {planned.epoch} {clip}")
                 samples = self.used_samples(clip)
                 start = generator.randint(0, len(waveform) - samples)
-                waveforms.append(waveform[start : start + samples])
                 segments.append(generator.random())
+                waveforms.append(self._amplified(waveform[start : start + samples], generator))
                 if self.tokenize is not None:
                     texts.append(self.tokenize(str(text)))
         except ValueError as error:

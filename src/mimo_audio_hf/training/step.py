@@ -20,19 +20,19 @@ from accelerate.utils import AutocastKwargs, DistributedType
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from . import training_checkpoint
-from .audio_to_text import AudioToTextLoss
-from .discriminators import AudioDiscriminator
-from .losses import MultiScaleMelLoss, adversarial_loss, discriminator_loss, feature_matching_loss
-from .modeling_mimo_audio_tokenizer import (
+from ..modeling_mimo_audio_tokenizer import (
     AttentionBackend,
     MiMoAudioTokenizerDecoder,
     MiMoAudioTokenizerDecoderLayout,
     MiMoAudioTokenizerLayer,
     MiMoAudioTokenizerModel,
 )
-from .training_batch import Batch
-from .training_config import RECONSTRUCTION, TrainingConfig
+from . import checkpointing
+from .audio_to_text import AudioToTextLoss
+from .batch import Batch
+from .config import RECONSTRUCTION, TrainingConfig
+from .discriminators import AudioDiscriminator
+from .losses import MultiScaleMelLoss, adversarial_loss, discriminator_loss, feature_matching_loss
 
 
 class BFloat16Compute(nn.Module):
@@ -326,7 +326,7 @@ class TrainingStep:
 
         Every process has to ask; with FSDP only the first is told.
         """
-        tensors = training_checkpoint.model_tensors(self.generator)
+        tensors = checkpointing.model_tensors(self.generator)
         if any(name.startswith("module.") for name in tensors):  # BFloat16Compute's
             tensors = _under("module.", tensors)
         if self.config.stage == 1:
@@ -338,19 +338,19 @@ class TrainingStep:
         tensors: dict[str, dict[str, torch.Tensor]] = {}
         settings: dict[str, Any] = {"scheduler": self.scheduler.state_dict()}
         optimizer = self.optimizer.optimizer
-        tensors["optimizer"], settings["optimizer"] = training_checkpoint.optimizer_state(self.generator, optimizer)
+        tensors["optimizer"], settings["optimizer"] = checkpointing.optimizer_state(self.generator, optimizer)
         if self.discriminator is not None:
             optimizer = self.discriminator_optimizer
-            tensors["discriminator"] = training_checkpoint.model_tensors(self.discriminator)
-            tensors["discriminator_optimizer"], settings["discriminator_optimizer"] = (
-                training_checkpoint.optimizer_state(self.discriminator, optimizer)
+            tensors["discriminator"] = checkpointing.model_tensors(self.discriminator)
+            tensors["discriminator_optimizer"], settings["discriminator_optimizer"] = checkpointing.optimizer_state(
+                self.discriminator, optimizer
             )
             settings["discriminator_scheduler"] = self.discriminator_scheduler.state_dict()
         return tensors, settings
 
     def load_state(self, tensors: Callable[[str], dict[str, torch.Tensor]], settings: dict[str, Any]) -> None:
         """Goes on from a `state()`; the model's and the language model's weights are there already."""
-        training_checkpoint.load_optimizer_state(
+        checkpointing.load_optimizer_state(
             self.generator, self.optimizer.optimizer, tensors("optimizer"), settings["optimizer"]
         )
         self.scheduler.load_state_dict(settings["scheduler"])
@@ -358,7 +358,7 @@ class TrainingStep:
             inner = self.discriminator
             inner = inner.module if isinstance(inner, DistributedDataParallel) else inner
             inner.load_state_dict(tensors("discriminator"))
-            training_checkpoint.load_optimizer_state(
+            checkpointing.load_optimizer_state(
                 self.discriminator,
                 self.discriminator_optimizer,
                 tensors("discriminator_optimizer"),

@@ -14,7 +14,7 @@ from typing import Any
 
 import yaml
 
-from .checkpoints import RELEASED_MODEL
+from ..checkpoints import RELEASED_MODEL
 
 
 RECONSTRUCTION = "reconstruction_loss"
@@ -53,6 +53,7 @@ class TrainingConfig:
     batch_seconds: float = _option(60.0, "seconds of audio in a batch, on each process")
     crop_seconds: float = _option(6.0, "longer clips are cropped")
     min_seconds: float = _option(0.5, "shorter clips are skipped")
+    gain_db: float = _option(0.0, "clips are made louder or softer by up to so many dB, at random")
     discriminator_seconds: float = _option(1.0, "length of the segments that the discriminators look at")
     dataloader_num_workers: int = _option(2, "processes that read, for each process")
 
@@ -116,6 +117,7 @@ class TrainingConfig:
             require(getattr(self, name) >= 0, name, "0 or more")
         for name in (weight.name for weight in dataclasses.fields(self) if weight.name.endswith("_weight")):
             require(0 <= getattr(self, name) < math.inf, name, "0 or more")
+        require(0 <= self.gain_db < math.inf, "gain_db", "0 or more")
         require(self.save_total_limit >= 1, "save_total_limit", "1 or more")
         require(0 <= self.quantizer_dropout <= 1, "quantizer_dropout", "0 to 1")
         require(self.crop_seconds <= self.batch_seconds, "crop_seconds", f"at most batch_seconds={self.batch_seconds}")

@@ -10,9 +10,9 @@ from typing import Any
 
 import torch
 
-from .configuration_mimo_audio_tokenizer import MiMoAudioTokenizerConfig
-from .feature_extraction_mimo_audio_tokenizer import MiMoAudioTokenizerFeatureExtractor
-from .modeling_mimo_audio_tokenizer import (
+from ..configuration_mimo_audio_tokenizer import MiMoAudioTokenizerConfig
+from ..feature_extraction_mimo_audio_tokenizer import MiMoAudioTokenizerFeatureExtractor
+from ..modeling_mimo_audio_tokenizer import (
     MiMoAudioTokenizerDecoderLayout,
     MiMoAudioTokenizerEncoderLayout,
     MiMoAudioTokenizerModel,

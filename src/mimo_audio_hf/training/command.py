@@ -8,7 +8,7 @@ import dataclasses
 import typing
 from typing import Any
 
-from .training_config import TrainingConfig, read_yaml
+from .config import TrainingConfig, read_yaml
 
 
 def add_train(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
@@ -36,7 +36,7 @@ def add_train(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -
 
 def run_train(args: argparse.Namespace) -> None:
     """Runs `train` and prints what it did."""
-    from .training import Trainer  # takes seconds to import, which only its users should pay
+    from ..training import Trainer  # takes seconds to import, which only its users should pay
 
     values = {} if args.config is None else read_yaml(args.config)
     names = {option.name for option in dataclasses.fields(TrainingConfig)}

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from .feature_extraction_mimo_audio_tokenizer import LOG_MEL_FLOOR, mel_filters
+from ..feature_extraction_mimo_audio_tokenizer import LOG_MEL_FLOOR, mel_filters
 
 
 # Of a discriminator, for each sub-discriminator: its layers' outputs, the last of which is the logits.
