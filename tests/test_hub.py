@@ -32,7 +32,8 @@ from mimo_audio_hf import (
     save_audio,
 )
 from mimo_audio_hf.cli import main
-from mimo_audio_hf.hub import add_hub_command, assemble_hub_repository, overlay_files, push_to_hub
+from mimo_audio_hf.commands.hub import add_hub
+from mimo_audio_hf.hub import assemble_hub_repository, overlay_files, push_to_hub
 
 
 HUB_CARD = Path(__file__).parent.parent / "hub_card"
@@ -295,7 +296,7 @@ def test_nothing_is_left_of_an_interrupted_copy(tiny_checkpoint, tmp_path, monke
 
 def test_command(tiny_checkpoint, tmp_path, capsys):
     parser = argparse.ArgumentParser()
-    add_hub_command(parser.add_subparsers())
+    add_hub(parser.add_subparsers())
     args = parser.parse_args(["hub", str(tiny_checkpoint), str(tmp_path / "repository")])
     args.run(args)
     printed = capsys.readouterr().out

@@ -8,7 +8,6 @@ alike and says how to renew it.
 
 from __future__ import annotations
 
-import argparse
 import inspect
 import json
 import os
@@ -164,34 +163,6 @@ def overlay_files(
         FEATURE_EXTRACTOR_NAME: _to_json(extractor_fields),
         **{source.name: source.read_bytes() for source in sources.values()},
     }
-
-
-def add_hub_command(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
-    """Adds `hub CHECKPOINT OUT`, which [`run_hub`] runs, to a command's subparsers."""
-    parser = subparsers.add_parser(
-        "hub",
-        help="make a checkpoint into a Hub repository that loads without this package",
-        description="Writes weights, model code, configuration and a model card to a directory that transformers "
-        "loads with trust_remote_code=True, and publishes it if it is told to.",
-    )
-    parser.add_argument("checkpoint", metavar="CHECKPOINT", help="directory with config.json and safetensors weights")
-    parser.add_argument("output_dir", metavar="OUT", help="directory to write, new or empty")
-    parser.add_argument(
-        "--released",
-        action="store_true",
-        help="these are the weights that Xiaomi released: write their model card, with the published figures",
-    )
-    parser.add_argument("--push", metavar="OWNER/NAME", help="also upload it to this repository of the Hub")
-    parser.add_argument("--private", action="store_true", default=None, help="which is private, if it is new")
-    parser.set_defaults(run=run_hub)
-
-
-def run_hub(args: argparse.Namespace) -> None:
-    """Runs `hub` and prints what it wrote."""
-    repository = assemble_hub_repository(args.checkpoint, args.output_dir, released=args.released)
-    print(f"{repository}: {', '.join(sorted(path.name for path in repository.iterdir()))}")
-    if args.push is not None:
-        print(push_to_hub(args.checkpoint, args.push, private=args.private, released=args.released))
 
 
 def _read_json(path: Path) -> dict[str, Any]:

@@ -1,5 +1,5 @@
 # Copyright 2026 The mimo-audio-hf authors. Licensed under the Apache License, Version 2.0.
-"""The command `mimo-audio train`, alone or under `accelerate launch` and torchrun."""
+"""Training, alone or under `accelerate launch` and torchrun: `train`."""
 
 from __future__ import annotations
 
@@ -8,11 +8,12 @@ import dataclasses
 import typing
 from typing import Any
 
-from .config import TrainingConfig, read_yaml
+from ..training import Trainer, TrainingConfig
+from ..training.config import read_yaml
+from .options import Subparsers
 
 
-def add_train(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
-    """Adds `train [CONFIG.yaml] [--option value ...]`, which [`run_train`] runs, to a command's subparsers."""
+def add_train(subparsers: Subparsers) -> None:
     parser = subparsers.add_parser(
         "train",
         help="train a tokenizer, or fine-tune the decoder of one",
@@ -35,9 +36,6 @@ def add_train(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -
 
 
 def run_train(args: argparse.Namespace) -> None:
-    """Runs `train` and prints what it did."""
-    from ..training import Trainer  # takes seconds to import, which only its users should pay
-
     values = {} if args.config is None else read_yaml(args.config)
     names = {option.name for option in dataclasses.fields(TrainingConfig)}
     values |= {name: value for name, value in vars(args).items() if name in names}
