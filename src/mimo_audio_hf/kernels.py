@@ -182,7 +182,8 @@ class _Rotary(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         cos, sin = ctx.saved_tensors
-        return *_rotate_pairs(*gradients, cos, -sin), None, None
+        query_gradient, key_gradient = gradients
+        return *_rotate_pairs(query_gradient, key_gradient, cos, -sin), None, None
 
 
 def _rotate_pairs(
