@@ -237,7 +237,7 @@ def test_stage_2_in_bfloat16(stage1, clips, tmp_path):
         AcceleratorState._reset_state(reset_partial_state=True)
         config = TrainingConfig(**options(start, tmp_path / precision, mixed_precision=precision, max_steps=1))
         trainer = Trainer(config, clips)
-        reader = trainer._reader(trainer.train_clips, crop=True)
+        reader = trainer._reader(trainer.train_clips, training=True)
         (batch,) = reader.loader(plan_epoch([RATE // 2] * 20, RATE * 20, 1, 0, 0), 0)
         trainer.trained.backward(batch, 4, 1.0)
         decoder = trainer.tokenizer.decoder
@@ -257,7 +257,7 @@ def test_stage_2_in_bfloat16(stage1, clips, tmp_path):
 def test_the_losses_weigh_as_the_report_says(stage1, clips, tmp_path):
     """Gradients of the whole step against the sum of the losses' own, by plain autograd and no packing."""
     trainer = Trainer(TrainingConfig(**options(stage1 / "checkpoint-200", tmp_path)), clips)
-    reader = trainer._reader(trainer.train_clips, crop=True)
+    reader = trainer._reader(trainer.train_clips, training=True)
     (batch,) = reader.loader(plan_epoch([RATE // 2] * 20, RATE * 20, 1, 0, 0), 0)
     assert len(batch.lengths) == 20
     trainer.trained.backward(batch, 4, 1.0)
@@ -332,7 +332,7 @@ def test_gains(stage1, clips, tmp_path):
 
     def ratios(crop: bool, epoch: int = 0) -> torch.Tensor:
         planned = PlannedBatch(epoch, list(range(20)))
-        batch = trainer._reader(trainer.train_clips, crop=crop)[planned]
+        batch = trainer._reader(trainer.train_clips, training=crop)[planned]
         recorded = torch.cat([trainer.train_clips.load(clip)[0] for clip in range(20)])
         assert batch.waveforms.abs().max() <= 1 + 1e-6
         means = [

@@ -38,6 +38,7 @@ STATE_NAME = f"{TRAINER}/state.json"
 BEST = "best"
 
 _NAME = re.compile(r"checkpoint-(\d+)")
+_TEMPORARY = re.compile(r"\.[0-9a-f]{32}\.tmp")
 # Whole tensors by their names, whatever DDP or FSDP did to the module.
 _WHOLE = StateDictOptions(full_state_dict=True, cpu_offload=True)
 
@@ -61,24 +62,39 @@ def newest(directory: Path) -> Path | None:
 
 def remove_old(directory: Path, kept: int) -> None:
     for step in steps(directory)[:-kept]:
-        shutil.rmtree(path(directory, step))
+        shutil.rmtree(_renamed_away(path(directory, step)))
+
+
+def remove_leftovers(directory: Path) -> None:
+    """Deletes what killed runs left under temporary names."""
+    for found in [path for path in directory.rglob(".*.tmp") if _TEMPORARY.fullmatch(path.name)]:
+        if found.is_dir():
+            shutil.rmtree(found)
+        else:
+            found.unlink(missing_ok=True)
+
+
+def _temporary_name(target: Path) -> Path:
+    return target.with_name(f".{uuid.uuid4().hex}.tmp")
+
+
+def _renamed_away(target: Path) -> Path:
+    """So that nobody takes it for whole while it is deleted."""
+    return target.rename(_temporary_name(target))
 
 
 @contextmanager
 def replacing_directory(target: Path) -> Iterator[Path]:
     """A directory under a temporary name that becomes `target` at the end; what stood there before goes only then."""
     target.parent.mkdir(parents=True, exist_ok=True)
-    temporary = target.with_name(f".{uuid.uuid4().hex}.tmp")
+    temporary = _temporary_name(target)
     temporary.mkdir()
     try:
         yield temporary
-        if target.exists():
-            old = target.with_name(f".{uuid.uuid4().hex}.tmp")
-            target.rename(old)
-            temporary.rename(target)
+        old = _renamed_away(target) if target.exists() else None
+        temporary.rename(target)
+        if old is not None:
             shutil.rmtree(old)
-        else:
-            temporary.rename(target)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
 

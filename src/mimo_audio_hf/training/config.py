@@ -19,6 +19,17 @@ from ..checkpoints import RELEASED_MODEL
 
 RECONSTRUCTION = "reconstruction_loss"
 
+# Of transformers' schedules, those that need nothing but the steps.
+SCHEDULES = (
+    "linear",
+    "cosine",
+    "cosine_with_restarts",
+    "polynomial",
+    "constant",
+    "constant_with_warmup",
+    "inverse_sqrt",
+)
+
 
 def _option(default: Any, help_text: str) -> Any:
     """A field of the configuration, whose help the command shows."""
@@ -69,7 +80,7 @@ class TrainingConfig:
     max_steps: int = _option(100_000, "steps of the optimizers")
     learning_rate: float = _option(1e-4, "of the tokenizer (and the language model)")
     discriminator_learning_rate: float = _option(1e-4, "of the discriminators")
-    lr_scheduler_type: str = _option("cosine", "one of transformers' schedules, for both")
+    lr_scheduler_type: str = _option("cosine", f"transformers' schedule of both: {', '.join(SCHEDULES)}")
     warmup_steps: int = _option(1000, "steps until the learning rates are reached")
     adam_beta1: float = _option(0.8, "of AdamW")
     adam_beta2: float = _option(0.99, "of AdamW")
@@ -86,7 +97,7 @@ class TrainingConfig:
     save_total_limit: int = _option(2, "checkpoints that are kept, the newest; the best one is kept besides")
     metrics: list[str] = _option([], "more metrics of a validation: mel_distance, stoi, pesq_nb, pesq_wb")
     metric_for_best_model: str = _option(RECONSTRUCTION, "which one says what the best checkpoint is")
-    validation_clips: int = _option(64, "clips to validate on, at most")
+    validation_clips: int = _option(64, "clips to validate on, at most; of long ones, batch_seconds")
     validation_samples: int = _option(4, "clips of which a validation writes audio and pictures")
     report_to: list[str] = _option([], "accelerate's trackers, such as tensorboard")
     resume: bool = _option(False, "go on from the newest checkpoint of output_dir")
@@ -98,6 +109,7 @@ class TrainingConfig:
 
         require(bool(self.output_dir), "output_dir", "a directory to write")
         require(self.stage in (1, 2), "stage", "1 or 2")
+        require(self.lr_scheduler_type in SCHEDULES, "lr_scheduler_type", ", ".join(SCHEDULES))
         require(self.mixed_precision in (None, "no", "bf16"), "mixed_precision", "no or bf16")
         for name in (
             "batch_seconds",
@@ -111,14 +123,23 @@ class TrainingConfig:
             "discriminator_width",
         ):
             require(0 < getattr(self, name) < math.inf, name, "a positive number")
-        for name in ("max_steps", "gradient_accumulation_steps", "logging_steps", "eval_steps", "save_steps"):
+        for name in (
+            "max_steps",
+            "gradient_accumulation_steps",
+            "logging_steps",
+            "eval_steps",
+            "save_steps",
+            "save_total_limit",
+            "validation_clips",
+        ):
             require(getattr(self, name) >= 1, name, "1 or more")
-        for name in ("warmup_steps", "dataloader_num_workers", "validation_clips", "validation_samples"):
+        for name in ("warmup_steps", "dataloader_num_workers", "validation_samples"):
             require(getattr(self, name) >= 0, name, "0 or more")
         for name in (weight.name for weight in dataclasses.fields(self) if weight.name.endswith("_weight")):
             require(0 <= getattr(self, name) < math.inf, name, "0 or more")
+        for name in ("adam_beta1", "adam_beta2"):
+            require(0 <= getattr(self, name) < 1, name, "0 to 1")
         require(0 <= self.gain_db < math.inf, "gain_db", "0 or more")
-        require(self.save_total_limit >= 1, "save_total_limit", "1 or more")
         require(0 <= self.quantizer_dropout <= 1, "quantizer_dropout", "0 to 1")
         require(self.crop_seconds <= self.batch_seconds, "crop_seconds", f"at most batch_seconds={self.batch_seconds}")
 

@@ -8,8 +8,10 @@ counting, and two processes see what one would see.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import random
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +19,7 @@ from typing import Any
 
 import datasets
 import torch
+from accelerate.utils import gather_object
 from torch.utils.data import DataLoader
 from torch.utils.data import Dataset as TorchDataset
 
@@ -118,18 +121,25 @@ class Clips:
         text_column: str | None = None,
         key_column: str | None = None,
         min_samples: int = 1,
-        num_proc: int | None = None,
+        num_workers: int = 0,
+        process_index: int = 0,
+        num_processes: int = 1,
     ) -> Clips:
-        """Read every clip once; `datasets` caches what was found for datasets that lie on disk.
+        """Read every clip once; each process reads its share, and all are told of all clips.
+
+        `datasets` caches what was found in datasets that hold their audio. Files are read each time: they may have
+        changed under their names.
 
         Args:
             dataset: with `audio_column`, of any kind that `tokenize_audio` takes.
-            name: of the dataset, for errors and for clips that have no name themselves.
+            name: of the dataset, for errors and for clips that have no name themselves; of a folder, its path.
             sampling_rate: what the audio is brought to, in Hz.
             text_column: with it, a clip without text is not usable.
-            key_column: the clips' names; by default those of their files, or their rows.
+            key_column: the clips' names; by default those of their files, from the folder on. What several clips are
+                called gets their rows' numbers.
             min_samples: shorter clips are not usable. Neither are silent ones, and those that cannot be read.
-            num_proc: processes that read.
+            num_workers: processes that read, for each process.
+            process_index, num_processes: this process among those that share the work; all have to ask.
 
         Raises:
             ValueError: a column is missing, or no clip is usable.
@@ -141,28 +151,34 @@ class Clips:
         dataset = dataset.select_columns(columns)
         if isinstance(dataset.features[audio_column], datasets.Audio):
             dataset = dataset.cast_column(audio_column, datasets.Audio(decode=False))
-        found = dataset.map(
-            _inspect_clip,
-            with_indices=True,
-            remove_columns=columns,
-            num_proc=num_proc if num_proc and num_proc > 1 and len(dataset) > num_proc else None,
-            desc=f"reading {name}",
-            fn_kwargs={
-                "name": name,
-                "sampling_rate": sampling_rate,
-                "audio_column": audio_column,
-                "text_column": text_column,
-                "key_column": key_column,
-                "min_samples": min_samples,
-            },
-        )
-        problems, keys, lengths = list(found["problem"]), list(found["key"]), list(found["num_samples"])
-        rows = [row for row, problem in enumerate(problems) if not problem]
-        skipped = {keys[row]: problem for row, problem in enumerate(problems) if problem}
+        share = dataset.shard(num_processes, process_index, contiguous=True)
+        with _single_threaded():
+            found = share.map(
+                _inspect_clip,
+                remove_columns=columns,
+                num_proc=num_workers if 1 < num_workers < len(share) else None,
+                load_from_cache_file=not isinstance(dataset.features[audio_column], datasets.Value),
+                desc=f"reading {name}",
+                fn_kwargs={
+                    "name": name,
+                    "sampling_rate": sampling_rate,
+                    "audio_column": audio_column,
+                    "text_column": text_column,
+                    "key_column": key_column,
+                    "min_samples": min_samples,
+                },
+            ).to_list()
+        if num_processes > 1:
+            found = gather_object(found)
+        keys = [clip["key"] or f"{name}[{row}]" for row, clip in enumerate(found)]
+        called = Counter(keys)
+        keys = [key if called[key] == 1 else f"{key}[{row}]" for row, key in enumerate(keys)]
+        rows = [row for row, clip in enumerate(found) if not clip["problem"]]
+        skipped = {keys[row]: clip["problem"] for row, clip in enumerate(found) if clip["problem"]}
         if not rows:
             reasons = "; ".join(f"{key}: {problem}" for key, problem in list(skipped.items())[:5])
-            raise ValueError(f"data {name}: none of {len(problems)} clips can be used ({reasons})")
-        digests = list(found["digest"])
+            raise ValueError(f"data {name}: none of {len(found)} clips can be used ({reasons})")
+        contents = "\n".join(f"{found[row]['digest']} {keys[row]}" for row in rows)
         return cls(
             dataset=dataset,
             audio_column=audio_column,
@@ -170,9 +186,9 @@ class Clips:
             sampling_rate=sampling_rate,
             rows=rows,
             keys=[keys[row] for row in rows],
-            lengths=[lengths[row] for row in rows],
+            lengths=[found[row]["num_samples"] for row in rows],
             skipped=skipped,
-            fingerprint=hashlib.sha256("\n".join(digests[row] for row in rows).encode()).hexdigest(),
+            fingerprint=hashlib.sha256(contents.encode()).hexdigest(),
         )
 
     def __len__(self) -> int:
@@ -197,9 +213,19 @@ class Clips:
         return waveform, None if self.text_column is None else row[self.text_column]
 
 
+@contextlib.contextmanager
+def _single_threaded() -> Iterator[None]:
+    """For processes that are forked: OpenMP's threads do not survive a fork, and are waited for forever."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
+
+
 def _inspect_clip(
     row: dict[str, Any],
-    index: int,
     *,
     name: str,
     sampling_rate: int,
@@ -210,8 +236,11 @@ def _inspect_clip(
 ) -> dict[str, Any]:
     value = row[audio_column]
     path = value.get("path") if isinstance(value, dict) else value if isinstance(value, str) else None
-    key = f"{name}[{index}]" if path is None else Path(path).name
-    key = key if key_column is None else str(row[key_column])
+    key = ""
+    if key_column is not None:
+        key = str(row[key_column])
+    elif path is not None:
+        key = Path(path).relative_to(name).as_posix() if Path(path).is_relative_to(name) else Path(path).name
     found: dict[str, Any] = {"key": key, "num_samples": 0, "digest": "", "problem": ""}
     try:
         waveform = to_waveform(value, sampling_rate)
@@ -230,7 +259,7 @@ def _inspect_clip(
         found["problem"] = f"no text in the column {text_column!r}"
     else:
         content = hashlib.sha256(waveform.numpy().tobytes())
-        content.update(f"{key}\n{text}".encode())
+        content.update(str(text).encode())
         found["digest"] = content.hexdigest()
     return found
 
@@ -246,12 +275,15 @@ class PlannedBatch:
 def plan_epoch(
     lengths: Sequence[int], max_samples: int, num_processes: int, seed: int | None, epoch: int
 ) -> list[PlannedBatch]:
-    """All clips, in batches of at most `max_samples` samples on each process, clips of like lengths together.
+    """All clips, in batches of about `max_samples` samples on each process, clips of like lengths together.
+
+    A batch is no longer than `num_processes * max_samples`, whoever reads it: how it is shared out does not change it.
 
     Args:
         lengths: samples of each clip, at most `max_samples`.
         max_samples: of one process's share of a batch.
-        num_processes: among which a batch is shared out; it has a clip for each, so the last few may be left out.
+        num_processes: among which a batch is shared out; it has a clip for each, so fewer than that, the last ones of
+            some thousand, may be left out.
         seed: of the shuffle; None for the clips in order of length, none left out.
         epoch: how many times all clips were seen before.
     """
@@ -275,7 +307,8 @@ def plan_epoch(
         batch: list[int] = []
         held = 0
         for clip in pool:
-            if batch and (held + lengths[clip] > limit or held >= target):
+            full = held >= target and (seed is None or len(batch) >= num_processes)
+            if batch and (full or held + lengths[clip] > limit):
                 batches.append(batch)
                 batch, held = [], 0
             batch.append(clip)

@@ -112,8 +112,6 @@ class TrainingStep:
         tokenizer: MiMoAudioTokenizerModel,
         audio_to_text: AudioToTextLoss | None = None,
     ) -> None:
-        if accelerator.mixed_precision not in ("no", "bf16"):
-            raise ValueError(f"mixed precision {accelerator.mixed_precision}; accepted: no or bf16")
         self.config = config
         self.accelerator = accelerator
         self.device = accelerator.device
@@ -186,12 +184,9 @@ class TrainingStep:
         )
 
     def _schedule(self, optimizer: torch.optim.Optimizer) -> torch.optim.lr_scheduler.LRScheduler:
-        try:
-            return transformers.get_scheduler(
-                self.config.lr_scheduler_type, optimizer, self.config.warmup_steps, self.config.max_steps
-            )
-        except ValueError as error:
-            raise ValueError(f"lr_scheduler_type={self.config.lr_scheduler_type!r}: {error}") from error
+        return transformers.get_scheduler(
+            self.config.lr_scheduler_type, optimizer, self.config.warmup_steps, self.config.max_steps
+        )
 
     def _seed(self, step: int) -> None:
         """torch's generators, for what is random within a step: dead entries' revival, a language model's dropout."""
@@ -273,9 +268,9 @@ class TrainingStep:
             loss = loss + config.audio_to_text_weight * losses["audio_to_text_loss"]
         if self.discriminator is not None:
             loss = loss + self._adversarial(batch, predicted, target, losses, weight)
-        # Wrappers average gradients over processes, and shares are to be added; accelerate divides by the batches of
-        # a step only where it counts them itself.
-        self.accelerator.backward(loss * (weight * self.accelerator.num_processes))
+        # Wrappers average gradients over processes, and shares are to be added. Not by accelerate, which divides once
+        # more where its environment tells it of gradient accumulation.
+        (loss * (weight * self.accelerator.num_processes)).backward()
         return losses
 
     def _adversarial(
@@ -371,21 +366,34 @@ def make_accelerator(config: TrainingConfig) -> Accelerator:
     """accelerate as the trainer needs it.
 
     Raises:
-        ValueError: accelerate does not have what the configuration asks for.
+        ValueError: accelerate does not have what the configuration asks for, or is configured for what this trainer
+            does not do.
     """
     try:
-        return Accelerator(
+        accelerator = Accelerator(
             # Without a GPU it has to be told, or it does not see the other processes.
             cpu="RANK" in os.environ and not torch.cuda.is_available(),
             mixed_precision=config.mixed_precision,
             log_with=list(config.report_to) or None,
-            project_dir=config.output_dir,
+            project_dir=os.path.join(config.output_dir, "logs"),
             # What runs in bfloat16 is said here, not by autocast around everything.
             kwargs_handlers=[AutocastKwargs(enabled=False)],
         )
     except ValueError as error:
         asked = f"report_to={config.report_to}, mixed_precision={config.mixed_precision}"
         raise ValueError(f"{asked}: {error}") from error
+    found = [str(tracker) for tracker in accelerator.log_with]
+    for name in config.report_to:
+        if name not in (*found, "all"):  # accelerate leaves it out without a word
+            raise ValueError(f"report_to={name!r}: its package is not installed; accepted: installed trackers")
+    if accelerator.mixed_precision not in ("no", "bf16"):
+        raise ValueError(f"mixed precision {accelerator.mixed_precision}; accepted: no or bf16")
+    kind = accelerator.distributed_type
+    if kind in (DistributedType.DEEPSPEED, DistributedType.MEGATRON_LM) or (
+        kind == DistributedType.FSDP and not accelerator.is_fsdp2
+    ):
+        raise ValueError(f"accelerate is configured for {kind.value}; accepted: DDP, or FSDP with fsdp_version 2")
+    return accelerator
 
 
 def derived_seed(*parts: object) -> int:

@@ -69,7 +69,7 @@ class NonFiniteLossError(ValueError):
         self.step = step
         self.keys = keys
         super().__init__(
-            f"step {step}: {name} is not finite, with the clips {', '.join(keys)}; the last checkpoint is from before"
+            f"step {step}: {name} is not finite, with the clips {', '.join(keys)}; all checkpoints are from before"
         )
 
 
@@ -95,6 +95,7 @@ class Trainer:
     ) -> None:
         require_package("matplotlib", "train")
         self.config = config
+        self.step = 0
         self.directory = Path(config.output_dir)
         self.metrics = {name: find_metric(name) for name in config.metrics} | dict(metrics or {})
         known = (RECONSTRUCTION, *self.metrics)
@@ -109,6 +110,8 @@ class Trainer:
             raise ValueError(f"{self.directory} holds no checkpoint to resume from; accepted: resume=False")
         self.accelerator = make_accelerator(config)
         self.device = self.accelerator.device
+        if newest is not None:
+            self._require_same_run(newest)
         # The same in every process: fresh discriminators and language models have to be.
         torch.manual_seed(derived_seed(config.seed, "fresh modules"))
         self.tokenizer = load_model(
@@ -122,7 +125,6 @@ class Trainer:
         self._make_text_model(newest)
         self._open_data(train_dataset, validation_dataset)
         self.trained = TrainingStep(config, self.accelerator, self.tokenizer, self.audio_to_text)
-        self.step = 0
         self.best: float | None = None
         if newest is not None:
             self._resume(newest)
@@ -154,29 +156,28 @@ class Trainer:
     def _open_data(self, train_dataset: datasets.Dataset | None, validation_dataset: datasets.Dataset | None) -> None:
         config, model_config = self.config, self.tokenizer.config
         rate = model_config.sampling_rate
-        discriminated = round(config.discriminator_seconds * rate)
-        min_samples = max(round(config.min_seconds * rate), MultiScaleMelLoss(rate).min_samples)
+        names, shortest = ["min_seconds", "crop_seconds"], MultiScaleMelLoss(rate).min_samples
         if config.uses_discriminators:
-            shortest = AudioDiscriminator(config.discriminator_width).min_samples
-            if discriminated < shortest or min_samples < shortest:
-                raise ValueError(
-                    f"discriminator_seconds={config.discriminator_seconds:g}, min_seconds={config.min_seconds:g}; "
-                    f"accepted: {shortest / rate:.3f} or more, which the discriminators need"
-                )
+            names.append("discriminator_seconds")
+            shortest = max(shortest, AudioDiscriminator(config.discriminator_width).min_samples)
+        for name in names:
+            if round(getattr(config, name) * rate) < shortest:
+                accepted = f"{shortest / rate:.3f} or more, which the losses need"
+                raise ValueError(f"{name}={getattr(config, name):g}; accepted: {accepted}")
 
         def inspect(dataset: datasets.Dataset, name: str, needs_text: bool) -> Clips:
-            # The first process fills datasets' cache, the others find it.
-            with self.accelerator.main_process_first():
-                return Clips.inspect(
-                    dataset,
-                    name,
-                    rate,
-                    audio_column=config.audio_column,
-                    text_column=config.text_column if needs_text else None,
-                    key_column=config.key_column,
-                    min_samples=min_samples,
-                    num_proc=config.dataloader_num_workers,
-                )
+            return Clips.inspect(
+                dataset,
+                name,
+                rate,
+                audio_column=config.audio_column,
+                text_column=config.text_column if needs_text else None,
+                key_column=config.key_column,
+                min_samples=round(config.min_seconds * rate),
+                num_workers=config.dataloader_num_workers,
+                process_index=self.accelerator.process_index,
+                num_processes=self.accelerator.num_processes,
+            )
 
         if train_dataset is None:
             if config.train_data is None:
@@ -184,30 +185,40 @@ class Trainer:
             train_dataset = open_dataset(config.train_data, config.train_split)
         if validation_dataset is None and config.validation_data is not None:
             validation_dataset = open_dataset(config.validation_data, config.validation_split)
-        self.train_clips = inspect(train_dataset, config.train_data or "train", config.uses_text)
+        self.directory.mkdir(parents=True, exist_ok=True)
+        if not self.accelerator.is_main_process:
+            datasets.disable_progress_bars()
+        # First the few clips, then the many: what is wrong with the former is said sooner.
         self.validation_clips = None
         if validation_dataset is not None:
             first = validation_dataset.select(range(min(config.validation_clips, len(validation_dataset))))
             self.validation_clips = inspect(first, config.validation_data or "validation", False)
+        self.train_clips = inspect(train_dataset, config.train_data or "train", config.uses_text)
         if self.accelerator.is_main_process:
             for clips, name in ((self.train_clips, "training"), (self.validation_clips, "validation")):
                 if clips is not None and clips.skipped:
                     some = "; ".join(f"{key}: {problem}" for key, problem in list(clips.skipped.items())[:5])
                     total = len(clips) + len(clips.skipped)
                     logger.warning(f"{len(clips.skipped)} of {total} {name} clips are skipped ({some})")
-        self.collator = Collator(model_config, discriminated)
+        self.collator = Collator(model_config, round(config.discriminator_seconds * rate))
 
-    def _reader(self, clips: Clips, crop: bool) -> BatchReader:
+    def _reader(self, clips: Clips, *, training: bool) -> BatchReader:
+        config = self.config
         return BatchReader(
             clips,
             self.collator,
-            crop_samples=round(self.config.crop_seconds * clips.sampling_rate) if crop else None,
-            gain_db=self.config.gain_db if crop else 0.0,
-            seed=self.config.seed,
+            crop_samples=round((config.crop_seconds if training else config.batch_seconds) * clips.sampling_rate),
+            gain_db=config.gain_db if training else 0.0,
+            seed=config.seed,
             process_index=self.accelerator.process_index,
             num_processes=self.accelerator.num_processes,
-            tokenize=self.tokenize if crop else None,
+            tokenize=self.tokenize if training else None,
         )
+
+    def _plan_lengths(self, reader: BatchReader) -> tuple[list[int], int]:
+        """What a plan is made of: the clips' lengths as they are read, and the longest that a batch may be."""
+        lengths = [reader.used_samples(clip) for clip in range(len(reader.clips))]
+        return lengths, round(self.config.batch_seconds * reader.clips.sampling_rate)
 
     # --- The run ---
 
@@ -222,22 +233,21 @@ class Trainer:
             ValueError: a clip is not what it was when the run started.
         """
         config, accelerator = self.config, self.accelerator
-        reader = self._reader(self.train_clips, crop=True)
+        reader = self._reader(self.train_clips, training=True)
         rate = self.train_clips.sampling_rate
-        lengths = [reader.used_samples(clip) for clip in range(len(self.train_clips))]
-        plan = plan_run(lengths, round(config.batch_seconds * rate), accelerator.num_processes, config.seed)
+        plan = plan_run(*self._plan_lengths(reader), accelerator.num_processes, config.seed)
         done = self.step * config.gradient_accumulation_steps
         loader = reader.loader(itertools.islice(plan, done, None), config.dataloader_num_workers)
         if accelerator.is_main_process:
-            self.directory.mkdir(parents=True, exist_ok=True)
+            checkpointing.remove_leftovers(self.directory)
             with replacing(self.directory / TRAINING_NAME) as temporary:
                 checkpointing.write_json(temporary, self._document({}))
+            self._rewind_log()
         if config.report_to:
             flat = {name: value for name, value in dataclasses.asdict(config).items() if _is_scalar(value)}
-            try:
-                accelerator.init_trackers("logs", config=flat)
-            except ModuleNotFoundError as error:
-                raise ValueError(f"report_to={config.report_to}: {error}; accepted: installed trackers") from error
+            # What a killed run told TensorBoard after its checkpoint is told again.
+            options = {"tensorboard": {"purge_step": self.step + 1}}
+            accelerator.init_trackers("mimo-audio-train", config=flat, init_kwargs=options)
         metrics: dict[str, float] = {}
         pending: list[tuple[int, list[str], dict[str, torch.Tensor]]] = []
         started, seconds = time.perf_counter(), 0.0
@@ -272,15 +282,15 @@ class Trainer:
                         f"{means[RECONSTRUCTION]:.4g} mel, {means['audio_seconds_per_second']:.0f} s of audio/s"
                     )
                     self._log({f"train/{name}": value for name, value in means.items()})
-                is_best = False
                 if validates:
                     metrics = self.validate()
-                    is_best = self._is_best(metrics)
                     self._log({f"validation/{name}": value for name, value in metrics.items()})
+                    # Before the checkpoint: a run that is killed in between comes here once more.
+                    if self._is_best(metrics):
+                        self.save(self.directory / checkpointing.BEST, metrics, to_resume=False)
                 if saves:
-                    self.save(checkpointing.path(self.directory, self.step), metrics, to_resume=True)
-                if is_best:
-                    self.save(self.directory / checkpointing.BEST, metrics, to_resume=False)
+                    measured = metrics if validates else {}
+                    self.save(checkpointing.path(self.directory, self.step), measured, to_resume=True)
                 if validates or saves:
                     self._draw_log()
                     started = time.perf_counter()
@@ -310,6 +320,13 @@ class Trainer:
         if self.config.report_to:
             self.accelerator.log(values, step=self.step)
 
+    def _rewind_log(self) -> None:
+        """Takes out of the log what comes again: the entries after this step, and a line that was never finished."""
+        file = self.directory / LOG_NAME
+        lines = file.read_text(encoding="utf-8").splitlines(keepends=True) if file.is_file() else []
+        with replacing(file) as temporary, temporary.open("w", encoding="utf-8") as kept:
+            kept.writelines(line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= self.step)
+
     def _draw_log(self) -> None:
         if self.accelerator.is_main_process:
             lines = (self.directory / LOG_NAME).read_text(encoding="utf-8").splitlines()
@@ -319,17 +336,15 @@ class Trainer:
 
     @torch.no_grad()
     def validate(self) -> dict[str, float]:
-        """Reconstructs the validation clips, whole, with all codebooks.
+        """Reconstructs the validation clips, `batch_seconds` of each at most, with all codebooks.
 
         Returns:
             The means of the metrics over the clips, and of each codebook the share of entries in use. A clip that a
-            metric is not defined for does not count for it. Audio and pictures of the first clips are written to
-            `samples/`.
+            metric is not defined for does not count for it, and a metric that none is defined for is left out. Audio
+            and pictures of the first clips are written to `samples/`.
         """
-        clips = cast(Clips, self.validation_clips)
-        reader = self._reader(clips, crop=False)
-        largest = max(round(self.config.batch_seconds * clips.sampling_rate), *clips.lengths)
-        plan = plan_epoch(clips.lengths, largest, self.accelerator.num_processes, None, 0)
+        reader = self._reader(cast(Clips, self.validation_clips), training=False)
+        plan = plan_epoch(*self._plan_lengths(reader), self.accelerator.num_processes, None, 0)
         sizes = self.tokenizer.config.codebook_sizes
         used = [torch.zeros(size, dtype=torch.long, device=self.device) for size in sizes]
         names = [RECONSTRUCTION, *self.metrics]
@@ -357,10 +372,7 @@ class Trainer:
         sums, counts = (
             self.accelerator.reduce(tensor.to(self.device), "sum") for tensor in (sums.float(), torch.cat(used))
         )
-        metrics = {
-            name: (total / count if count else math.nan)
-            for name, (total, count) in zip(names, sums.tolist(), strict=True)
-        }
+        metrics = {name: total / count for name, (total, count) in zip(names, sums.tolist(), strict=True) if count}
         for book, count in enumerate(counts.cpu().split(sizes)):
             metrics[f"codebook_use/{book}"] = int(count.count_nonzero()) / sizes[book]
         return metrics
@@ -375,12 +387,13 @@ class Trainer:
 
     def _is_best(self, metrics: dict[str, float]) -> bool:
         name = self.config.metric_for_best_model
-        value = metrics[name]
+        value = metrics.get(name)
+        if value is None:
+            return False
         better = self.best is None or (value < self.best if name in _LOWER_IS_BETTER else value > self.best)
-        if better and math.isfinite(value):
+        if better:
             self.best = value
-            return True
-        return False
+        return better
 
     def _write_sample(self, clip: int, key: str, reference: torch.Tensor, decoded: torch.Tensor) -> None:
         """Audio and a picture of it, beside the recording's, as files and to the trackers."""
@@ -416,25 +429,41 @@ class Trainer:
                 if to_resume:
                     for name, contents in tensors.items():
                         checkpointing.save_tensors(temporary, name, contents)
-                    state = {"step": self.step, "best": self.best} | settings
+                    state = {"step": self.step} | settings
                     checkpointing.write_json(temporary / checkpointing.STATE_NAME, state)
             checkpointing.remove_old(self.directory, self.config.save_total_limit)
         accelerator.wait_for_everyone()
 
+    def _require_same_run(self, checkpoint: Path) -> None:
+        """Before anything is loaded: what a checkpoint says of its run is what this one says."""
+        found = checkpointing.read_json(checkpoint / TRAINING_NAME)
+        ours = json.loads(json.dumps(dataclasses.asdict(self.config)))
+        wanted = {name: (value, found["config"].get(name)) for name, value in ours.items()}
+        wanted |= {name: (value, found[name]) for name, value in self._launched().items()}
+        for name, (value, had) in wanted.items():
+            if name not in self.config.may_change and value != had:
+                raise ValueError(f"{name}={value!r}; accepted with resume=True: {had!r}, as {checkpoint} has it")
+
     def _resume(self, checkpoint: Path) -> None:
         found = checkpointing.read_json(checkpoint / TRAINING_NAME)
-        ours = json.loads(json.dumps(self._document({})))
-        for name, value in ours["config"].items():
-            if name not in self.config.may_change and found["config"].get(name) != value:
-                had = found["config"].get(name)
-                raise ValueError(f"{name}={value!r}; accepted with resume=True: {had!r}, as {checkpoint} has it")
-        if found["processes"] != ours["processes"]:
-            raise ValueError(f"{ours['processes']} processes; accepted with resume=True: {found['processes']}")
-        if found["data"]["train"]["fingerprint"] != ours["data"]["train"]["fingerprint"]:
+        if found["data"]["train"]["fingerprint"] != self.train_clips.fingerprint:
             raise ValueError(f"the training data are not those of {checkpoint}; accepted with resume=True: the same")
         state = checkpointing.read_json(checkpoint / checkpointing.STATE_NAME)
         self.trained.load_state(lambda name: checkpointing.load_tensors(checkpoint, name), state)
-        self.step, self.best = state["step"], state["best"]
+        self.step = state["step"]
+        best = self.directory / checkpointing.BEST / TRAINING_NAME
+        if self.validation_clips is not None and best.is_file():
+            found = checkpointing.read_json(best)
+            # Other clips or another metric: no comparison.
+            if (found["data"]["validation"] or {}).get("fingerprint") == self.validation_clips.fingerprint:
+                self.best = found["metrics"].get(self.config.metric_for_best_model)
+
+    def _launched(self) -> dict[str, Any]:
+        """What `accelerate launch` decides."""
+        return {
+            "processes": self.accelerator.num_processes,
+            "mixed_precision": self.accelerator.mixed_precision,
+        }
 
     def _document(self, metrics: dict[str, float]) -> dict[str, Any]:
         """What lies beside the weights: what made them, of what, and how good they are."""
@@ -451,8 +480,7 @@ class Trainer:
 
         return {
             "config": dataclasses.asdict(self.config),
-            "processes": self.accelerator.num_processes,
-            "mixed_precision": self.accelerator.mixed_precision,
+            **self._launched(),
             "device": torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else platform.machine(),
             "versions": {
                 "mimo_audio_hf": __version__,
@@ -463,7 +491,7 @@ class Trainer:
                 "datasets": datasets.__version__,
             },
             "data": {"train": described(self.train_clips), "validation": described(self.validation_clips)},
-            "step": getattr(self, "step", 0),
+            "step": self.step,
             "metrics": metrics,
         }
 
