@@ -10,7 +10,9 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
+import accelerate
 import datasets
 import numpy as np
 import pytest
@@ -18,8 +20,10 @@ import soundfile
 import torch
 import yaml
 from accelerate.state import AcceleratorState
+from accelerate.utils import DistributedType
 from pystoi import stoi
 from safetensors.torch import load_file
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import mimo_audio_hf
 from mimo_audio_hf import (
@@ -36,6 +40,7 @@ from mimo_audio_hf.training.config import TrainingConfig, read_yaml
 from mimo_audio_hf.training.data import Clips, PlannedBatch, open_dataset, plan_epoch, plan_run
 from mimo_audio_hf.training.losses import MultiScaleMelLoss
 from mimo_audio_hf.training.pictures import reconstruction_figure, save_figure, training_figure
+from mimo_audio_hf.training.step import make_accelerator
 
 
 RECORDING = Path(__file__).parent / "fixtures" / "audio" / "prompt_speech_en_m.wav"
@@ -254,8 +259,10 @@ def test_stage_2_in_bfloat16(stage1, clips, tmp_path):
         assert name.startswith("decoder.") or torch.equal(tensor, after[name]), name
 
 
-def test_the_losses_weigh_as_the_report_says(stage1, clips, tmp_path):
+def test_the_losses_weigh_as_the_report_says(stage1, clips, tmp_path, monkeypatch):
     """Gradients of the whole step against the sum of the losses' own, by plain autograd and no packing."""
+    # Which accelerate would divide them by.
+    monkeypatch.setenv("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "4")
     trainer = Trainer(TrainingConfig(**options(stage1 / "checkpoint-200", tmp_path)), clips)
     reader = trainer._reader(trainer.train_clips, training=True)
     (batch,) = reader.loader(plan_epoch([RATE // 2] * 20, RATE * 20, 1, 0, 0), 0)
@@ -307,6 +314,28 @@ def test_the_losses_weigh_as_the_report_says(stage1, clips, tmp_path):
     torch.stack(hinges).mean().backward()
     for name, parameter in discriminator.named_parameters():
         torch.testing.assert_close(judged[name], parameter.grad, rtol=1e-3, atol=1e-6, msg=name)
+
+
+class Waiting(TorchDispatchMode):
+    """Refuses operations for which a GPU is waited for."""
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        name = function.overloadpacket.__name__
+        assert name not in ("_local_scalar_dense", "bincount", "nonzero", "_unique2", "masked_select", "equal"), name
+        return function(*args, **kwargs or {})
+
+
+@pytest.mark.parametrize("stage", [1, 2])
+def test_nothing_in_a_step_waits_for_the_gpu(stage, stage1, clips, tmp_path):
+    changed = {"stage": stage, "audio_to_text_weight": 0.0}
+    trainer = Trainer(TrainingConfig(**options(stage1 / "checkpoint-200", tmp_path, **changed)), clips)
+    reader = trainer._reader(trainer.train_clips, training=True)
+    (batch,) = reader.loader(plan_epoch([RATE // 2] * 20, RATE * 20, 1, 0, 0), 0)
+    trainer.trained.train([batch], 0)  # the first asks whether the codebooks are set
+    with Waiting():
+        trainer.trained.backward(batch, 4, 1.0)
+    with pytest.raises(AssertionError, match="_local_scalar_dense"), Waiting():
+        batch.waveforms.sum().item()
 
 
 def test_discriminators_have_no_weight_decay(stage1, clips, tmp_path):
@@ -458,6 +487,70 @@ def test_two_processes_are_one(stage, stage1, folder, tmp_path):
     found, expected = (logged(tmp_path / run, "validation/reconstruction_loss") for run in ("two", "one"))
     np.testing.assert_allclose(found, expected, rtol=1e-3)
     assert_moved_alike(tmp_path / "model", tmp_path / "two" / "checkpoint-2", tmp_path / "one" / "checkpoint-2")
+    # Each process read its share of the data, and knows all of them.
+    two, one = (json.loads((tmp_path / run / "training.json").read_text())["data"] for run in ("two", "one"))
+    assert two == one and two["train"]["clips"] == 6
+
+
+def test_killed_between_best_and_checkpoint(stage1, clips, tmp_path, monkeypatch):
+    """And with all that a kill may leave: a log's half line, entries after the checkpoint, temporary directories."""
+    losses = {1: 3.0, 2: 2.0, 3: 1.0, 4: 4.0}
+    monkeypatch.setattr(Trainer, "validate", lambda self: {"reconstruction_loss": losses[self.step]})
+    values = options(stage1 / "checkpoint-200", tmp_path, eval_steps=1, save_steps=2, save_total_limit=9)
+    trainer = Trainer(TrainingConfig(**values), clips, clips)
+    save = trainer.save
+
+    def killed(target, metrics, *, to_resume):
+        if trainer.step == 3:
+            raise KeyboardInterrupt
+        save(target, metrics, to_resume=to_resume)
+
+    def best() -> int:
+        return json.loads((tmp_path / "best" / "training.json").read_text())["step"]
+
+    monkeypatch.setattr(trainer, "save", killed)
+    with pytest.raises(KeyboardInterrupt):
+        trainer.train()
+    assert best() == 2
+    with (tmp_path / "log.jsonl").open("a") as file:
+        file.write('{"step": 4, "train/rec')
+    leftover = tmp_path / f".{'0' * 32}.tmp"
+    (leftover / "trainer").mkdir(parents=True)
+    (tmp_path / ".notes.tmp").touch()  # somebody else's
+    resumed = Trainer(TrainingConfig(**values | {"resume": True}), clips, clips)
+    assert resumed.best == 2.0
+    resumed.train()
+    assert best() == 3
+    steps = [json.loads(line)["step"] for line in (tmp_path / "log.jsonl").read_text().splitlines()]
+    assert steps == [1, 1, 2, 2, 3, 3, 4, 4]
+    assert not leftover.exists() and (tmp_path / ".notes.tmp").exists()
+
+
+def test_best_is_of_one_metric_and_of_one_set_of_clips(stage1, clips, tmp_path):
+    values = options(stage1 / "checkpoint-200", tmp_path, max_steps=1, lr_scheduler_type="constant")
+    Trainer(TrainingConfig(**values), clips, clips.select(range(2))).train()
+    values |= {"resume": True, "max_steps": 2}
+    same = Trainer(TrainingConfig(**values), clips, clips.select(range(2)))
+    best = json.loads((tmp_path / "best" / "training.json").read_text())
+    assert same.best == best["metrics"]["reconstruction_loss"]
+    other_clips = Trainer(TrainingConfig(**values), clips, clips.select(range(3)))
+    metric = {"metric_for_best_model": "stoi", "metrics": ["stoi"]}
+    other_metric = Trainer(TrainingConfig(**values | metric), clips, clips.select(range(2)))
+    assert other_clips.best is None and other_metric.best is None
+
+
+def test_metrics_are_those_of_the_checkpoint(stage1, clips, tmp_path):
+    def undefined(reference: torch.Tensor, decoded: torch.Tensor, sampling_rate: int) -> float:
+        raise ValueError("not defined")
+
+    config = TrainingConfig(**options(stage1 / "checkpoint-200", tmp_path, max_steps=3, eval_steps=2, save_steps=1))
+    Trainer(config, clips, clips.select(range(2)), metrics={"undefined": undefined}).train()
+    two, three = (json.loads((tmp_path / f"checkpoint-{step}" / "training.json").read_text()) for step in (2, 3))
+    assert set(two["metrics"]) == set(three["metrics"]) != set()
+    assert "undefined" not in two["metrics"] and two["metrics"] != three["metrics"]
+    config = TrainingConfig(**options(stage1 / "checkpoint-200", tmp_path / "odd", max_steps=2, save_steps=1))
+    Trainer(config, clips, clips.select(range(2))).train()
+    assert json.loads((tmp_path / "odd" / "checkpoint-1" / "training.json").read_text())["metrics"] == {}
 
 
 @pytest.mark.parametrize(
@@ -466,6 +559,7 @@ def test_two_processes_are_one(stage, stage1, folder, tmp_path):
         ({"learning_rate": 1e-5}, "learning_rate=1e-05; accepted with resume=True: 0.002"),
         ({"stage": 1, "audio_to_text_weight": 0.0}, "stage=1"),
         ({"max_steps": 9}, "max_steps=9"),
+        ({"mixed_precision": "bf16"}, "mixed_precision='bf16'"),
         ({"resume": False}, "holds a run already"),
         ({"output_dir": "elsewhere"}, "no checkpoint to resume"),
     ],
@@ -476,7 +570,7 @@ def test_resuming_something_else_is_refused(changed, message, stage1, clips, tmp
     run(start, tmp_path / "run", clips, max_steps=1)
     again = options(start, tmp_path / "run", max_steps=1, resume=True) | changed
     with pytest.raises(ValueError, match=message):
-        Trainer(TrainingConfig(**again), clips)
+        Trainer(TrainingConfig(**again), None)  # before any data are looked at
     with pytest.raises(ValueError, match="data are not those"):
         Trainer(TrainingConfig(**options(start, tmp_path / "run", max_steps=1, resume=True)), clips.select(range(5)))
 
@@ -516,7 +610,7 @@ def test_validation_writes_what_people_look_at(stage1, clips, waveform, tmp_path
         )
         assert soundfile.info(samples / "0-decoded.wav").frames == int(0.4 * RATE)
     assert (tmp_path / "training.png").is_file()
-    assert list((tmp_path / "logs").glob("events*"))
+    assert list((tmp_path / "logs" / "mimo-audio-train").glob("events*"))
     best = json.loads((tmp_path / "best" / "training.json").read_text())
     assert best["metrics"]["loudness"] == metrics["loudness"]
     assert best["step"] == 2  # no worse than later ones
@@ -525,6 +619,21 @@ def test_validation_writes_what_people_look_at(stage1, clips, waveform, tmp_path
     assert best["config"]["learning_rate"] == 2e-3
     assert not (tmp_path / "best" / "trainer").exists()
     load_model(tmp_path / "best", device="cpu")
+
+
+def test_a_long_validation_clip_is_cut(stage1, clips, waveform, tmp_path):
+    lengths = []
+
+    def length(reference: torch.Tensor, decoded: torch.Tensor, sampling_rate: int) -> float:
+        lengths.append(len(reference))
+        return 0.0
+
+    long = datasets.Dataset.from_dict(
+        {"audio": [{"array": waveform[:count], "sampling_rate": RATE} for count in (3 * RATE, RATE)]}
+    )
+    config = TrainingConfig(**options(stage1 / "checkpoint-200", tmp_path, max_steps=1, batch_seconds=1.5))
+    Trainer(config, clips, long, metrics={"length": length}).train()
+    assert lengths == [RATE * 3 // 2, RATE]
 
 
 def test_pictures(tmp_path):
@@ -643,6 +752,9 @@ def test_a_loss_that_is_not_finite_names_the_clips(stage1, clips, tmp_path, monk
         ({"batch_seconds": 1, "crop_seconds": 2}, "at most batch_seconds"),
         ({"mixed_precision": "fp16"}, "accepted: no or bf16"),
         ({"no_such": 1}, "no_such is no option"),
+        ({"lr_scheduler_type": "warmup_stable_decay"}, "accepted: linear, cosine"),
+        ({"adam_beta2": 1}, "adam_beta2=1.0; accepted: 0 to 1"),
+        ({"validation_clips": 0}, "validation_clips=0; accepted: 1 or more"),
         ({"max_steps": 1.5}, "max_steps=1.5; accepted: int"),
         ({"resume": 1}, "resume=1; accepted: bool"),
     ],
@@ -679,10 +791,35 @@ def test_commands_errors_are_one_line(fresh, tmp_path, capsys):
             ["--output-dir", "x", "--model", str(fresh), "--discriminator-seconds", "0.01"],
             "discriminator_seconds=0.01",
         ),
+        (["--output-dir", "x", "--model", str(fresh), "--crop-seconds", "0.01"], "crop_seconds=0.01"),
     ):
         assert main(["train", *arguments]) == 1
         error = capsys.readouterr().err.strip().splitlines()[-1]
         assert error.startswith("mimo-audio: error: ") and message in error
+
+
+@pytest.mark.filterwarnings("ignore:.*no supported trackers")
+def test_trackers_that_are_not_installed(tmp_path, monkeypatch):
+    monkeypatch.setattr(accelerate.tracking, "get_available_trackers", list)
+    with pytest.raises(ValueError, match="report_to='tensorboard': its package is not installed"):
+        make_accelerator(TrainingConfig(output_dir=str(tmp_path), report_to=["tensorboard"]))
+
+
+@pytest.mark.parametrize(("kind", "version"), [(DistributedType.DEEPSPEED, 0), (DistributedType.FSDP, 1)])
+def test_what_accelerate_may_not_be_configured_for(kind, version, tmp_path, monkeypatch):
+    configured = SimpleNamespace(distributed_type=kind, is_fsdp2=version == 2, mixed_precision="no", log_with=[])
+    monkeypatch.setattr("mimo_audio_hf.training.step.Accelerator", lambda **kwargs: configured)
+    with pytest.raises(ValueError, match=f"configured for {kind.value}; accepted: DDP, or FSDP with fsdp_version 2"):
+        make_accelerator(TrainingConfig(output_dir=str(tmp_path)))
+
+
+def test_validation_data_are_checked_first(stage1, clips, tmp_path, monkeypatch):
+    def inspect(dataset, *arguments, **options):
+        raise ValueError(f"{len(dataset)} clips")
+
+    monkeypatch.setattr(Clips, "inspect", inspect)
+    with pytest.raises(ValueError, match="^3 clips"):
+        Trainer(TrainingConfig(**options(stage1 / "checkpoint-200", tmp_path)), clips, clips.select(range(3)))
 
 
 def test_datasets_by_name(folder, waveform, tmp_path):
@@ -712,6 +849,50 @@ def test_clips_of_every_kind(folder, waveform):
     assert one != two
     with pytest.raises(ValueError, match="no column 'sound'; accepted: audio"):
         Clips.inspect(decoded, "x", RATE, audio_column="sound")
+
+
+def test_clips_have_names_of_their_own(folder, waveform, tmp_path):
+    for number, speaker in enumerate("ab"):
+        (tmp_path / speaker).mkdir()
+        shutil.copy(folder / f"{number}.wav", tmp_path / speaker / "1.wav")
+        soundfile.write(tmp_path / speaker / "silent.wav", np.zeros(RATE), RATE)
+    found = Clips.inspect(open_dataset(str(tmp_path), "train"), str(tmp_path), RATE)
+    assert found.keys == ["a/1.wav", "b/1.wav"]
+    assert found.skipped == {"a/silent.wav": "silent", "b/silent.wav": "silent"}
+    elsewhere = datasets.Dataset.from_dict({"audio": [str(tmp_path / speaker / "1.wav") for speaker in "ab"]})
+    assert Clips.inspect(elsewhere, "x", RATE).keys == ["1.wav[0]", "1.wav[1]"]
+    nameless = datasets.Dataset.from_dict({"audio": [{"array": waveform[:9600], "sampling_rate": RATE}] * 2})
+    assert Clips.inspect(nameless, "x", RATE).keys == ["x[0]", "x[1]"]
+
+
+def test_files_that_changed_are_read_again(folder, waveform, tmp_path):
+    file = shutil.copy(folder / "0.wav", tmp_path)
+    datasets.Dataset.from_dict({"audio": [str(file)]}).save_to_disk(tmp_path / "disk")
+    before = Clips.inspect(open_dataset(str(tmp_path / "disk"), "train"), "x", RATE)
+    soundfile.write(file, waveform[20000:][: before.lengths[0]], RATE)
+    after = Clips.inspect(open_dataset(str(tmp_path / "disk"), "train"), "x", RATE)
+    assert after.lengths == before.lengths and after.fingerprint != before.fingerprint
+
+
+@pytest.mark.timeout(60)
+def test_reading_in_processes_does_not_hang(folder):
+    """Where torch has used its threads before: a forked process would wait for them."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        (torch.ones(512, 512) @ torch.ones(512, 512)).exp().sum()
+        found = Clips.inspect(open_dataset(str(folder), "train"), str(folder), 16000, num_workers=2)
+        assert torch.get_num_threads() == 2
+    finally:
+        torch.set_num_threads(threads)
+    assert found.lengths == Clips.inspect(open_dataset(str(folder), "train"), str(folder), 16000).lengths
+
+
+@pytest.mark.parametrize("clips", range(8, 40))
+def test_plan_leaves_out_fewer_clips_than_there_are_processes(clips):
+    """Also where no process has room for more than one: there, batches filled alike had too few clips."""
+    seen = [clip for batch in plan_epoch([6000] * clips, 6000, 8, 0, 0) for clip in batch.clips]
+    assert len(seen) == len(set(seen)) == clips // 8 * 8
 
 
 @pytest.mark.parametrize("processes", [1, 3])

@@ -32,7 +32,6 @@ from torch.distributed.checkpoint.state_dict import (
 )
 
 
-TRAINING_NAME = "training.json"
 TRAINER = "trainer"
 STATE_NAME = f"{TRAINER}/state.json"
 BEST = "best"

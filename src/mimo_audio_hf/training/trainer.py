@@ -33,11 +33,11 @@ from tqdm import tqdm
 from ..audio import save_audio
 from ..checkpoints import load_model
 from ..files import replacing
+from ..hub import TRAINING_NAME
 from ..metrics import mel_distance, pesq, require_package, stoi
 from ..version import __version__
 from . import checkpointing
 from .audio_to_text import AudioToTextLoss, load_language_model
-from .checkpointing import TRAINING_NAME
 from .config import RECONSTRUCTION, TrainingConfig
 from .data import BatchReader, Clips, Collator, open_dataset, plan_epoch, plan_run
 from .discriminators import AudioDiscriminator
