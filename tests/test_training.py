@@ -575,6 +575,15 @@ def test_resuming_something_else_is_refused(changed, message, stage1, clips, tmp
         Trainer(TrainingConfig(**options(start, tmp_path / "run", max_steps=1, resume=True)), clips.select(range(5)))
 
 
+def test_resuming_in_another_precision_is_refused(stage1, clips, tmp_path, monkeypatch):
+    values = options(stage1 / "checkpoint-200", tmp_path, max_steps=1, mixed_precision=None)
+    Trainer(TrainingConfig(**values), clips).train()
+    AcceleratorState._reset_state(reset_partial_state=True)
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "bf16")
+    with pytest.raises(ValueError, match="mixed_precision='bf16'; accepted with resume=True: 'no'"):
+        Trainer(TrainingConfig(**values | {"resume": True}), clips)
+
+
 # --- Validation and what lies beside the weights ---
 
 
@@ -830,6 +839,9 @@ def test_datasets_by_name(folder, waveform, tmp_path):
     table.to_csv(tmp_path / "table.csv")
     for name in ("disk", "table.csv"):
         assert open_dataset(str(tmp_path / name), "train")["audio"] == [str(folder / "0.wav")]
+    (tmp_path / "list.jsonl").write_text('{"sound": "clips/0.wav"}\n{"sound": null}\n')
+    listed = open_dataset(str(tmp_path / "list.jsonl"), "train", "sound")["sound"]
+    assert listed == [str(tmp_path / "clips" / "0.wav"), None]
     with pytest.raises(ValueError, match="no split 'train'; accepted: a, b"):
         open_dataset(str(tmp_path / "splits"), "train")
     (tmp_path / "empty").mkdir()
@@ -863,6 +875,18 @@ def test_clips_have_names_of_their_own(folder, waveform, tmp_path):
     assert Clips.inspect(elsewhere, "x", RATE).keys == ["1.wav[0]", "1.wav[1]"]
     nameless = datasets.Dataset.from_dict({"audio": [{"array": waveform[:9600], "sampling_rate": RATE}] * 2})
     assert Clips.inspect(nameless, "x", RATE).keys == ["x[0]", "x[1]"]
+
+
+def test_folder_with_texts(folder, tmp_path):
+    data = shutil.copytree(folder, tmp_path / "data")
+    lines = [json.dumps({"file_name": f"{number}.wav", "text": f"text {number}"}) for number in range(6)]
+    (data / "metadata.jsonl").write_text("\n".join(lines))
+    dataset = open_dataset(str(data), "train").select(range(5))
+    found = Clips.inspect(dataset, str(data), RATE, text_column="text", num_workers=2)
+    assert found.keys == [f"{number}.wav" for number in range(5)]
+    assert found.load(3)[1] == "text 3"
+    (data / "metadata.jsonl").write_text('{"file_name": "0.wav"}')
+    assert len(Clips.inspect(open_dataset(str(data), "train"), str(data), RATE)) == 1
 
 
 def test_files_that_changed_are_read_again(folder, waveform, tmp_path):

@@ -36,14 +36,15 @@ _POOL_BATCHES = 50
 _LOADERS = {".csv": "csv", ".json": "json", ".jsonl": "json", ".parquet": "parquet"}
 
 
-def open_dataset(source: str, split: str) -> datasets.Dataset:
+def open_dataset(source: str, split: str, audio_column: str = "audio") -> datasets.Dataset:
     """A dataset by name.
 
     Args:
         source: a directory that `save_to_disk` wrote; a folder of audio files, in which a `metadata.csv` or
             `metadata.jsonl` may name them (`file_name`) and add columns, as for `datasets`' audiofolder; a .jsonl,
-            .json, .csv or .parquet file with a column of paths; or a Hub id.
+            .json, .csv or .parquet file with a column of paths, absolute or relative to its folder; or a Hub id.
         split: which part of it, where it has parts.
+        audio_column: the column of paths.
 
     Raises:
         ValueError: there is no such dataset, or it has no such split.
@@ -55,7 +56,8 @@ def open_dataset(source: str, split: str) -> datasets.Dataset:
         elif path.is_dir():
             loaded = _open_folder(path)
         elif path.is_file() and path.suffix.lower() in _LOADERS:
-            loaded = datasets.load_dataset(_LOADERS[path.suffix.lower()], data_files=source)
+            (table,) = datasets.load_dataset(_LOADERS[path.suffix.lower()], data_files=source).values()
+            loaded = _with_whole_paths(table, audio_column, path.parent)
         elif path.exists() or source.count("/") != 1:
             raise ValueError("no such dataset; accepted: a folder, a .jsonl, .csv or .parquet file, or a Hub id")
         else:
@@ -79,12 +81,20 @@ def _open_folder(folder: Path) -> datasets.Dataset:
             (table,) = datasets.load_dataset(kind, data_files=str(folder / name)).values()
             if "file_name" not in table.column_names:
                 raise ValueError(f"{name} has no column 'file_name'; accepted: one with the files' names")
-            paths = [str(folder / file) for file in table["file_name"]]
-            return table.remove_columns("file_name").add_column("audio", paths)
+            return _with_whole_paths(table.rename_column("file_name", "audio"), "audio", folder)
     files = sorted(path for path in folder.rglob("*") if path.suffix.lower() in AUDIO_SUFFIXES and path.is_file())
     if not files:
         raise ValueError(f"no audio files; accepted in a folder: {', '.join(AUDIO_SUFFIXES)}")
     return datasets.Dataset.from_dict({"audio": [str(path) for path in files]})
+
+
+def _with_whole_paths(table: datasets.Dataset, column: str, folder: Path) -> datasets.Dataset:
+    """Paths that are relative to a folder from here, where the column holds paths."""
+    if table.features.get(column) != datasets.Value("string"):
+        return table
+    paths = [None if path is None else str(folder / path) for path in table[column]]
+    # A table of its own: one with a column added cannot be shared out between processes.
+    return datasets.Dataset.from_dict(table[:] | {column: paths}, features=table.features)
 
 
 @dataclass(frozen=True)

@@ -182,9 +182,9 @@ class Trainer:
         if train_dataset is None:
             if config.train_data is None:
                 raise ValueError("train_data is missing; accepted: a directory, a file or a Hub dataset")
-            train_dataset = open_dataset(config.train_data, config.train_split)
+            train_dataset = open_dataset(config.train_data, config.train_split, config.audio_column)
         if validation_dataset is None and config.validation_data is not None:
-            validation_dataset = open_dataset(config.validation_data, config.validation_split)
+            validation_dataset = open_dataset(config.validation_data, config.validation_split, config.audio_column)
         self.directory.mkdir(parents=True, exist_ok=True)
         if not self.accelerator.is_main_process:
             datasets.disable_progress_bars()
