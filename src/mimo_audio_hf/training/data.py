@@ -355,7 +355,7 @@ class BatchReader(TorchDataset["Batch | ValueError"]):
         clips: Clips,
         collator: Collator,
         *,
-        crop_samples: int | None,
+        crop_samples: int,
         gain_db: float,
         seed: int,
         process_index: int,
@@ -373,8 +373,7 @@ class BatchReader(TorchDataset["Batch | ValueError"]):
 
     def used_samples(self, clip: int) -> int:
         """Samples of a clip that a batch holds: of a long one, a crop."""
-        length = self.clips.lengths[clip]
-        return length if self.crop_samples is None else min(length, self.crop_samples)
+        return min(self.clips.lengths[clip], self.crop_samples)
 
     def _amplified(self, waveform: torch.Tensor, generator: random.Random) -> torch.Tensor:
         """Louder or softer, but never so loud that samples leave [-1, 1]."""

@@ -57,7 +57,7 @@ def training_figure(log: Iterable[Mapping[str, float]]) -> Figure:
     for entry in log:
         for name, value in entry.items():
             if name.endswith("_loss") or (name.startswith("validation/") and name.count("/") == 1):
-                curves.setdefault(name, {})[entry["step"]] = value  # a resumed run's later entry counts
+                curves.setdefault(name, {})[entry["step"]] = value
     names = list(dict.fromkeys(name.split("/")[1] for name in curves))
     columns = min(4, len(names))
     rows = -(-len(names) // columns)

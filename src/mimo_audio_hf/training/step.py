@@ -11,12 +11,13 @@ import hashlib
 import os
 import random
 from collections.abc import Callable, Sequence
+from datetime import timedelta
 from typing import Any, cast
 
 import torch
 import transformers
 from accelerate import Accelerator
-from accelerate.utils import AutocastKwargs, DistributedType
+from accelerate.utils import AutocastKwargs, DistributedType, InitProcessGroupKwargs
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
@@ -376,8 +377,12 @@ def make_accelerator(config: TrainingConfig) -> Accelerator:
             mixed_precision=config.mixed_precision,
             log_with=list(config.report_to) or None,
             project_dir=os.path.join(config.output_dir, "logs"),
-            # What runs in bfloat16 is said here, not by autocast around everything.
-            kwargs_handlers=[AutocastKwargs(enabled=False)],
+            kwargs_handlers=[
+                # What runs in bfloat16 is said here, not by autocast around everything.
+                AutocastKwargs(enabled=False),
+                # Reading all clips takes long, and some processes longer than others.
+                InitProcessGroupKwargs(timeout=timedelta(hours=2)),
+            ],
         )
     except ValueError as error:
         asked = f"report_to={config.report_to}, mixed_precision={config.mixed_precision}"
