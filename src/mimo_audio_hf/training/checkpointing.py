@@ -84,7 +84,11 @@ def _renamed_away(target: Path) -> Path:
 
 @contextmanager
 def replacing_directory(target: Path) -> Iterator[Path]:
-    """A directory under a temporary name that becomes `target` at the end; what stood there before goes only then."""
+    """A directory under a temporary name that becomes `target` at the end; what stood there before goes only then.
+
+    Directories cannot be exchanged in one go: a kill between the two renames leaves no `target`. Only `best` is ever
+    replaced, before the checkpoint of its step, so that a resumed run writes it once more.
+    """
     target.parent.mkdir(parents=True, exist_ok=True)
     temporary = _temporary_name(target)
     temporary.mkdir()

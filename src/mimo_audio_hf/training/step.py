@@ -1,7 +1,8 @@
 # Copyright 2026 The mimo-audio-hf authors. Licensed under the Apache License, Version 2.0.
 """A step of training: modules, optimizers and losses, on batches that are there.
 
-Nothing here waits for the GPU: losses come back as tensors.
+Nothing here waits for the GPU: losses come back as tensors. (Of the first stage's language models, transformers looks
+at the padding mask, which does.)
 """
 
 from __future__ import annotations
