@@ -342,7 +342,7 @@ class Trainer:
                 continue
             for book, column in enumerate(codes.t()):
                 used[book] += torch.bincount(column, minlength=sizes[book])
-            decoded, targets = samples[batch.decoded_index], batch.waveforms[batch.waveform_index]
+            decoded, targets = self.trained.pairs(batch, samples)
             for clip, key, length, reference, waveform in zip(
                 batch.clips, batch.keys, batch.lengths, targets, decoded, strict=True
             ):
