@@ -267,10 +267,8 @@ def add_evaluate(subparsers: Subparsers) -> None:
     parser.add_argument(
         "sources",
         nargs="+",
-        type=_path,
         metavar="SOURCE",
-        help="a folder of audio files, a dataset (a directory that datasets saved, or of Parquet files), or a list in "
-        "the format of Seed-TTS-Eval's meta.lst",
+        help="a .lst file in the format of Seed-TTS-Eval's meta.lst, or whatever tokenize reads",
     )
     parser.add_argument(
         "-o",
@@ -296,7 +294,9 @@ def add_evaluate(subparsers: Subparsers) -> None:
         help="for the speaker similarity: a Hub id or a directory of an x-vector model of transformers, such as "
         "microsoft/wavlm-base-plus-sv (default: not computed)",
     )
-    parser.add_argument("--audio-column", default="audio", metavar="C", help="of datasets (default: %(default)s)")
+    parser.add_argument("--column", metavar="C", help="column of the audio (default: found by its name)")
+    parser.add_argument("--config", metavar="C", help="configuration of a dataset on the Hub")
+    parser.add_argument("--split", metavar="S", help="split of a dataset (default: all of one on disk)")
     parser.add_argument(
         "--list-audio",
         choices=["prompt", "target"],
@@ -304,7 +304,10 @@ def add_evaluate(subparsers: Subparsers) -> None:
         help="which audio of a list: the prompts, each once, or the recordings of the texts (default: %(default)s)",
     )
     parser.add_argument(
-        "--workers", type=_positive_count, metavar="N", help="processes for the metrics (default: one per processor)"
+        "--num-workers",
+        type=_positive_count,
+        metavar="N",
+        help="processes for the metrics (default: one per core, less one for a GPU)",
     )
     _add_model_options(parser)
     _add_batch_seconds(parser)
@@ -319,7 +322,9 @@ def run_evaluate(args: argparse.Namespace) -> int:
         require_package("matplotlib")
     except ModuleNotFoundError as error:
         raise ValueError(error) from error
-    clips, problems = read_sources(args.sources, audio_column=args.audio_column, list_audio=args.list_audio)
+    clips = read_sources(
+        args.sources, column=args.column, config=args.config, split=args.split, list_audio=args.list_audio
+    )
     model = _load_converter(args, None if args.num_quantizers is None else max(args.num_quantizers), decodes=True)
     verifier = None if args.speaker_model is None else SpeakerVerifier(args.speaker_model, model.device)
     evaluation = evaluate(
@@ -328,21 +333,19 @@ def run_evaluate(args: argparse.Namespace) -> int:
         args.num_quantizers,
         metrics=args.metrics,
         speaker_verifier=verifier,
-        workers=args.workers,
+        num_workers=args.num_workers,
         max_batch_seconds=args.batch_seconds,
         progress=None,
     )
-    failures = problems | evaluation.failures
-    for name, reason in failures.items():
+    for name, reason in evaluation.failures.items():
         _report(reason if name in reason else f"{name}: {reason}")
-    paths = evaluation.save(args.output)
     print(evaluation.to_markdown())
-    done = len(clips) - len(evaluation.failures)
+    paths = evaluation.save(args.output)
     print(
-        f"evaluated {done} of {_count(len(clips) + len(problems), 'clip')} in {time.perf_counter() - started:.1f} s "
-        f"-> {', '.join(map(str, paths))}"
+        f"evaluated {len(clips) - len(evaluation.failures)} of {_count(len(clips), 'clip')} in "
+        f"{time.perf_counter() - started:.1f} s -> {', '.join(map(str, paths))}"
     )
-    return 1 if failures else 0
+    return 1 if evaluation.failures else 0
 
 
 COMMANDS: tuple[Callable[[Subparsers], object], ...] = (
