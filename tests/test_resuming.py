@@ -5,12 +5,13 @@ CLIPS and KILLS in the environment make it longer.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import random
-import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -48,23 +49,36 @@ def kill(job: subprocess.Popen, out: Path, moment: random.Random) -> None:
     if job.poll() is not None:
         return
     whom = moment.choice(["all", "launcher", "one"])
-    children = psutil.Process(job.pid).children()
-    try:
-        if whom == "one" and children:
-            moment.choice(children).kill()
-        elif whom == "launcher":
-            job.kill()
-        else:
-            os.killpg(job.pid, signal.SIGKILL)
-    except (ProcessLookupError, psutil.NoSuchProcess):
-        pass
+    launcher = psutil.Process(job.pid)
+    children = launcher.children()
+    if whom == "one" and children:
+        victims = [moment.choice(children)]
+    elif whom == "launcher":
+        victims = [launcher]
+    else:
+        victims = [launcher, *launcher.children(recursive=True)]
+    end(victims)
     job.wait(timeout=60)  # those whom it leaves behind may go on for a while
 
 
+def end(processes: Iterable[psutil.Process]) -> None:
+    for process in processes:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            process.kill()
+
+
+@pytest.fixture
+def out(tmp_path) -> Iterator[Path]:
+    """The jobs' directory. Processes that a killed launcher left waiting for it end with the test."""
+    out = tmp_path / "out"
+    yield out
+    end(process for process in psutil.process_iter(["cmdline"]) if str(out) in (process.info["cmdline"] or []))
+
+
 @pytest.mark.timeout(1800)
-def test_killed_jobs_lose_nothing_and_double_nothing(tmp_path, tiny_checkpoint, tiny_model):
+def test_killed_jobs_lose_nothing_and_double_nothing(tmp_path, out, tiny_checkpoint, tiny_model):
     generator = np.random.default_rng(0)
-    source, out = tmp_path / "source", tmp_path / "out"
+    source = tmp_path / "source"
     source.mkdir()
     for index in range(CLIPS):
         samples = generator.uniform(-0.5, 0.5, int(generator.integers(3_000, 150_000)))

@@ -791,7 +791,7 @@ def test_commands_errors_are_one_line(fresh, tmp_path, capsys):
         (["--output-dir", str(tmp_path / "x"), "--model", str(fresh), "--train-data", "none"], "data none: no such"),
         ([str(tmp_path / "none.yaml")], "none.yaml cannot be read"),
         (["--stage", "1"], "output_dir=''"),
-        (["--output-dir", "x", "--metrics", "beauty"], "metrics='beauty'"),
+        (["--output-dir", "x", "--metrics", "beauty"], "metric 'beauty'"),
         (
             ["--output-dir", "x", "--model", str(fresh), "--discriminator-seconds", "0.01"],
             "discriminator_seconds=0.01",

@@ -58,7 +58,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     huggingface_hub.utils.enable_progress_bars()
     try:
         return args.run(args) or 0
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, ModuleNotFoundError) as error:
         report(error)
     except torch.OutOfMemoryError:
         report(OUT_OF_MEMORY)

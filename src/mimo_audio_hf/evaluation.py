@@ -1,64 +1,57 @@
 # Copyright 2026 The mimo-audio-hf authors. Licensed under the Apache License, Version 2.0.
-"""How well a tokenizer keeps speech, at several numbers of codebooks: sources of clips, the evaluation and its report.
+"""How well a tokenizer keeps speech, at several numbers of codebooks: the evaluation and its report.
 
-    clips, problems = read_sources(["recordings"])
-    evaluation = evaluate(model, clips, [8, 20])
-    evaluation.save("evaluation")
+    if __name__ == "__main__":  # workers import the script
+        evaluation = evaluate(model, read_sources(["recordings"]), [8, 20])
+        evaluation.save("evaluation")
 
 The model runs in this process; PESQ, STOI and the mel distance, which take longer on a GPU's machine, in workers.
 """
 
 from __future__ import annotations
 
-import functools
 import itertools
 import json
+import math
 import multiprocessing
 import os
 import platform
+import signal
+import threading
 import time
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence, Sized
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
+from functools import cached_property
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
-import datasets
 import torch
 from tqdm import tqdm
 
-from .audio import AUDIO_SUFFIXES
-from .codes import code_dtype
 from .dataset import to_waveform
+from .evaluation_clips import Clip as Clip
+from .evaluation_clips import read_sources as read_sources
 from .files import replacing
 from .inference import MAX_BATCH_SECONDS, convert_each, decode_codes, encode_waveforms, group_by_seconds
 from .metrics import (
+    METRICS,
+    CodebookCounter,
     CodebookUse,
     SpeakerVerifier,
-    codebook_use,
-    mel_distance,
-    pesq,
+    require_metrics,
     require_package,
-    stoi,
 )
 from .modeling_mimo_audio_tokenizer import MiMoAudioTokenizerModel
 
 
-Metric = Callable[[torch.Tensor, torch.Tensor, int], float]
-
-# What workers compute, of the reference, what became of it, and their sampling rate.
-METRICS: dict[str, Metric] = {
-    "pesq_nb": functools.partial(pesq, mode="nb"),
-    "pesq_wb": functools.partial(pesq, mode="wb"),
-    "stoi": stoi,
-    "mel_distance": mel_distance,
-}
+Result = TypeVar("Result")
 SPEAKER_SIMILARITY = "speaker_similarity"
 
-_PACKAGES = {"pesq_nb": "pesq", "pesq_wb": "pesq", "stoi": "pystoi"}
 _PACKAGES_REPORTED = ("mimo-audio-hf", "torch", "transformers", "numpy", "pesq", "pystoi")
 
 # In the order of upstream's table: title, digits.
@@ -73,25 +66,9 @@ _COLUMNS: dict[str, tuple[str, int]] = {
 # So many subsets stand beside each other in a table or a plot.
 _MOST_COLUMNS = 4
 
-_ACCEPTED = (
-    "accepted: a folder of audio files, a dataset (a directory that datasets saved, or of Parquet files), or a list "
-    "in the format of Seed-TTS-Eval's meta.lst"
-)
 
-
-@dataclass(frozen=True)
-class Clip:
-    """A clip to evaluate.
-
-    Attributes:
-        key: its name, unique.
-        subset: what it is averaged with: a language or a set.
-        read: gives its audio, as `to_waveform` takes it: a path or a value of a dataset's column.
-    """
-
-    key: str
-    subset: str
-    read: Callable[[], Any]
+# So many failures are told in the table's notes; evaluation.json has all.
+_MOST_FAILURES = 10
 
 
 @dataclass(frozen=True)
@@ -148,19 +125,24 @@ class Evaluation:
     real_time_factors: dict[int, float]
     versions: dict[str, str] = field(default_factory=lambda: _versions())
 
-    @property
+    @cached_property
     def subsets(self) -> list[str]:
         """Names of the subsets, in the order of the clips."""
         return list(dict.fromkeys(clip.subset for clip in self.clips))
 
     def mean(self, metric: str, subset: str | None, num_quantizers: int) -> Mean:
         """Over a subset, or over all clips (None)."""
-        values = [
-            clip.scores[metric]
-            for clip in self.clips
-            if subset in (None, clip.subset) and clip.num_quantizers == num_quantizers and metric in clip.scores
-        ]
-        return Mean(sum(values) / len(values) if values else float("nan"), len(values))
+        values = self._scores[metric, subset, num_quantizers]
+        return Mean(math.fsum(values) / len(values) if values else math.nan, len(values))
+
+    @cached_property
+    def _scores(self) -> defaultdict[tuple[str, str | None, int], list[float]]:
+        """By metric, subset (None: all clips) and number of codebooks."""
+        scores = defaultdict(list)
+        for clip in self.clips:
+            for (metric, score), subset in itertools.product(clip.scores.items(), (None, clip.subset)):
+                scores[metric, subset, clip.num_quantizers].append(score)
+        return scores
 
     def to_dict(self) -> dict[str, Any]:
         """Everything, for JSON. A mean over no clips is None; the subset None is all clips."""
@@ -194,7 +176,7 @@ class Evaluation:
         sizes = Counter(subset for subset, _ in seconds)
         notes = [
             f"{self.model['name']}, {self.model['dtype']}, {self.model['device']}; "
-            + ", ".join(f"{subset}: {number} clips" for subset, number in sizes.items())
+            + ", ".join(f"{subset}: {number} clip{'s'[: number != 1]}" for subset, number in sizes.items())
             + f"; {sum(seconds.values()):.1f} s of audio. RTF: encoding and decoding, without reading and metrics."
         ]
         if self.speaker_model is not None:
@@ -206,7 +188,10 @@ class Evaluation:
             f"Without {title}: {number} of {len(self.clips)} decoded clips ({reason})."
             for (title, reason), number in missing.items()
         ]
-        notes += [f"Failed: {key}: {error}." for key, error in self.failures.items()]
+        failures = [f"Failed: {error if key in error else f'{key}: {error}'}." for key, error in self.failures.items()]
+        notes += failures[:_MOST_FAILURES]
+        if len(failures) > _MOST_FAILURES:
+            notes.append(f"Failed: {len(failures) - _MOST_FAILURES} more, in evaluation.json.")
         use = [["codebook", "entries", "used", "perplexity"]]
         use += [
             [str(book), str(each.entries), str(each.used), f"{each.perplexity:.1f}"]
@@ -241,9 +226,8 @@ class Evaluation:
         for panel, metric in zip(panels, self.metrics, strict=True):
             for subset in lines:
                 values = [self.mean(metric, subset, count).value for count in counts]
-                panel.plot(
-                    [self.bitrates[count] / 1000 for count in counts], values, marker="o", label=subset or "all"
-                )
+                label = (subset or "all").replace("$", r"\$")  # no formula
+                panel.plot([self.bitrates[count] / 1000 for count in counts], values, marker="o", label=label)
             panel.set(title=_COLUMNS[metric][0], xlabel="kbit/s")
             panel.grid(alpha=0.3)
         panels[0].legend()
@@ -270,23 +254,26 @@ def require_free(directory: str | os.PathLike[str]) -> list[Path]:
     """The files that [`Evaluation.save`] writes.
 
     Raises:
-        ValueError: one of them exists already.
+        ValueError: one of them exists already, or none can be written there.
     """
     paths = [Path(directory, f"evaluation.{suffix}") for suffix in ("json", "md", "png")]
     for path in paths:
         if path.exists():
             raise ValueError(f"{path} exists; accepted: a folder without the results of another evaluation")
+    existing = next(folder for folder in paths[0].absolute().parents if folder.exists())
+    if not existing.is_dir() or not os.access(existing, os.W_OK):
+        raise ValueError(f"{existing}: cannot be written to; accepted: a folder, or a name for a new one")
     return paths
 
 
 def evaluate(
     model: MiMoAudioTokenizerModel,
-    clips: Sequence[Clip],
+    clips: Iterable[Clip],
     num_quantizers: Sequence[int] | None = None,
     *,
     metrics: Sequence[str] = tuple(METRICS),
     speaker_verifier: SpeakerVerifier | None = None,
-    workers: int | None = None,
+    num_workers: int | None = None,
     max_batch_seconds: float = MAX_BATCH_SECONDS,
     progress: bool | None = False,
 ) -> Evaluation:
@@ -294,11 +281,12 @@ def evaluate(
 
     Args:
         model: a tokenizer with a decoder, in evaluation mode; runs where it is.
-        clips: what [`read_sources`] gives; read when they are needed, a batch at a time.
+        clips: of [`read_sources`], or one's own; taken a batch at a time.
         num_quantizers: numbers of codebooks to decode; all of the model's by default.
         metrics: names in `METRICS`.
         speaker_verifier: gives the speaker similarity, which is left out by default.
-        workers: processes that compute the metrics; as many as there are processors by default.
+        num_workers: processes that compute the metrics; by default one for each processor, less one where the model
+            runs on a GPU.
         max_batch_seconds: seconds of audio that run at once.
         progress: shows a progress bar; None: on a terminal only.
 
@@ -313,96 +301,94 @@ def evaluate(
     counts = sorted(set(num_quantizers or [model.config.num_quantizers]))
     for count in counts:
         model.check_num_quantizers(count)
-    if model.decoder is None:
-        name = model.config.name_or_path
-        raise ValueError(f"{name} holds an encoder only: it cannot decode; accepted: a model with a decoder")
     if model.training:
         raise ValueError(
             "the model is in training mode, in which encoding changes its codebooks; accepted: model.eval()"
         )
     require_metrics(metrics)
-    if not clips:
-        raise ValueError("there are no clips to evaluate; accepted: one or more")
-    workers = os.cpu_count() or 1 if workers is None else workers
-    if workers < 1:
-        raise ValueError(f"workers={workers}; accepted: 1 or more")
+    require_package("threadpoolctl")
+    if not metrics and speaker_verifier is None:
+        raise ValueError(f"there are no metrics; accepted: one or more of {', '.join(METRICS)}, or a speaker_verifier")
+    num_workers = _num_workers(model.device) if num_workers is None else num_workers
+    if num_workers < 1:
+        raise ValueError(f"num_workers={num_workers}; accepted: 1 or more")
 
     sampling_rate = model.config.sampling_rate
     failures: dict[str, str] = {}
-    scored: list[ClipScores] = []
-    all_codes: list[torch.Tensor] = []
-    stored = code_dtype(model.config.codebook_sizes)
+    scores: list[ClipScores] = []
+    codebooks = CodebookCounter(model.config.codebook_sizes[: max(counts)])
     clock = _Clock()
-    _warm_up(model, counts)
+
+    def encode(waveforms: list[torch.Tensor]) -> list[torch.Tensor]:
+        return encode_waveforms(model, waveforms, max(counts), max_batch_seconds=max_batch_seconds)
+
+    def decode(codes: list[torch.Tensor]) -> list[torch.Tensor]:
+        return decode_codes(model, codes, max_batch_seconds=max_batch_seconds)
+
+    decode(encode([torch.zeros(sampling_rate)]))  # the first run compiles and allocates: it is not to be timed
+
+    def convert(
+        work: str, function: Callable[[list[torch.Tensor]], list[torch.Tensor]], inputs: dict[str, torch.Tensor]
+    ) -> dict[str, torch.Tensor]:
+        """Results by clip, of those that do not fail."""
+        with clock.measure(work):
+            results = convert_each(function, [*inputs.values()])
+        found = dict(zip(inputs, results, strict=True))
+        failures.update({key: _one_line(result) for key, result in found.items() if isinstance(result, Exception)})
+        return {key: result for key, result in found.items() if isinstance(result, torch.Tensor)}
 
     def read(bar: tqdm) -> Iterator[tuple[Clip, torch.Tensor]]:
+        keys: set[str] = set()
         for clip in clips:
+            if clip.key in keys:
+                raise ValueError(f"two clips have the key {clip.key!r}; accepted: different keys")
+            keys.add(clip.key)
             try:
-                yield clip, to_waveform(clip.read(), sampling_rate)
+                if isinstance(clip.audio, Exception):
+                    raise clip.audio
+                yield clip, to_waveform(clip.audio, sampling_rate)
             except (ValueError, OSError) as error:
                 failures[clip.key] = _one_line(error)
                 bar.update()
 
     with (
-        _worker_pool(min(workers, len(clips))) as pool,
+        _worker_pool(num_workers) as pool,
         tqdm(
-            desc="evaluated", total=len(clips), unit="clip", disable=None if progress is None else not progress
+            desc="evaluated",
+            total=len(clips) if isinstance(clips, Sized) else None,
+            unit="clip",
+            disable=None if progress is None else not progress,
         ) as bar,
     ):
         pending: list[_PendingScores] = []
         for group in group_by_seconds(read(bar), lambda entry: len(entry[1]) / sampling_rate, max_batch_seconds):
-            codes = clock.time(
-                "encode",
-                convert_each,
-                lambda waveforms: encode_waveforms(model, waveforms, max(counts), max_batch_seconds=max_batch_seconds),
-                [waveform for _, waveform in group],
-            )
-            converted: list[tuple[Clip, torch.Tensor, torch.Tensor]] = []
-            for (clip, waveform), result in zip(group, codes, strict=True):
-                if isinstance(result, Exception):
-                    failures[clip.key] = _one_line(result)
-                else:
-                    converted.append((clip, waveform, result))
-            submitted: list[_PendingScores] = []
+            codes = convert("encode", encode, {clip.key: waveform for clip, waveform in group})
+            decoded: dict[int, dict[str, torch.Tensor]] = {}
             for count in counts:
-                decoded = clock.time(
-                    f"decode {count}",
-                    convert_each,
-                    lambda clips: decode_codes(model, clips, max_batch_seconds=max_batch_seconds),
-                    [clip_codes[:, :count] for _, _, clip_codes in converted],
-                )
-                for (clip, waveform, _), result in zip(converted, decoded, strict=True):
-                    if isinstance(result, Exception):
-                        failures[clip.key] = _one_line(result)
-                        continue
-                    degraded = result[: len(waveform)]
-                    submitted.append(
-                        _PendingScores(
-                            clip,
-                            len(waveform) / sampling_rate,
-                            count,
-                            pool.submit(_score, waveform.numpy(), degraded.numpy(), sampling_rate, tuple(metrics)),
-                            _try(speaker_verifier.similarity, waveform, degraded, sampling_rate)
-                            if speaker_verifier is not None
-                            else None,
-                        )
-                    )
-            all_codes += [clip_codes.to(stored) for clip, _, clip_codes in converted if clip.key not in failures]
-            # The workers are busy while a GPU goes on. On a CPU they would slow it down and spoil its figures.
-            scored += [each.result() for each in pending]
+                inputs = {key: each[:, :count] for key, each in codes.items() if key not in failures}
+                decoded[count] = convert(f"decode {count}", decode, inputs)
+            # Workers start once the batch is timed, and while they are busy a GPU goes on with the next one. On a CPU
+            # they would slow the model down.
+            submitted: list[_PendingScores] = []
+            for clip, waveform in group:
+                if clip.key in failures:
+                    continue
+                codebooks.add(codes[clip.key])
+                clock.audio_seconds += len(waveform) / sampling_rate
+                degraded = {count: decoded[count][clip.key][: len(waveform)] for count in counts}
+                submitted += _submit_scores(pool, clip, waveform, degraded, sampling_rate, metrics, speaker_verifier)
+            scores += [each.result() for each in pending]
             pending = submitted
             if model.device.type == "cpu":
-                scored += [each.result() for each in pending]
+                scores += [each.result() for each in pending]
                 pending = []
-            clock.audio_seconds += sum(len(waveform) for _, waveform, _ in converted) / sampling_rate
             bar.update(len(group))
             bar.set_postfix_str(f"{clock.audio_seconds / clock.elapsed:.1f} s of audio/s")
-        scored += [each.result() for each in pending]
+        scores += [each.result() for each in pending]
 
-    scored = [clip for clip in scored if clip.key not in failures]
-    if not scored:
-        key, error = next(iter(failures.items()))
-        raise ValueError(f"none of {len(clips)} clips could be evaluated; the first: {key}: {error}")
+    if not scores:
+        key, error = next(iter(failures.items()), ("", "there are none; accepted: one or more"))
+        raise ValueError(f"none of {len(failures)} clips could be evaluated; the first: {key}: {error}")
     names = [*metrics] if speaker_verifier is None else [*metrics, SPEAKER_SIMILARITY]
     return Evaluation(
         model={
@@ -413,146 +399,14 @@ def evaluate(
         },
         metrics=[name for name in _COLUMNS if name in names],
         speaker_model=None if speaker_verifier is None else speaker_verifier.name,
-        clips=scored,
+        clips=scores,
         failures=failures,
-        codebooks=codebook_use(all_codes, model.config.codebook_sizes[: max(counts)]),
+        codebooks=codebooks.use(),
         bitrates={count: model.config.bitrate(count) for count in counts},
         real_time_factors={
             count: (clock.spent["encode"] + clock.spent[f"decode {count}"]) / clock.audio_seconds for count in counts
         },
     )
-
-
-def require_metrics(metrics: Iterable[str]) -> None:
-    """Check that metrics exist and that their packages, and matplotlib for the plot, are there.
-
-    Raises:
-        ValueError: there is no such metric.
-        ModuleNotFoundError: a package is not installed; the message names the extra.
-    """
-    for metric in metrics:
-        if metric not in METRICS:
-            raise ValueError(f"metric {metric!r}; accepted: {', '.join(METRICS)}")
-        if metric in _PACKAGES:
-            require_package(_PACKAGES[metric])
-
-
-# --- Sources of clips ---
-
-
-def read_sources(
-    sources: Sequence[str | os.PathLike[str]], *, audio_column: str = "audio", list_audio: str = "prompt"
-) -> tuple[list[Clip], dict[str, str]]:
-    """The clips of folders, datasets and lists; no audio is read yet.
-
-    A folder is searched for audio files; files in its subfolders are averaged by the first of these (`zh/a.wav` with
-    `zh/b/c.wav`). A dataset is what `save_to_disk` wrote, or a directory of Parquet files; its clips are averaged by
-    the column `language` where there is one, else by split (`train` if nothing names it), and named by the column
-    `key` or `id`. A list has lines
-    `name|prompt text|prompt audio|text` or, with one field more, `...|audio`, as Seed-TTS-Eval's meta.lst; paths are
-    relative to it, and its clips are averaged under the name of its folder, which is their language there.
-
-    Args:
-        sources: any number of these.
-        audio_column: of datasets.
-        list_audio: which audio of a list: `"prompt"`, each once though several lines name it (so counts upstream:
-            1010 in Chinese, 666 in English), or `"target"`, the recording of the text, by default `wavs/name.wav`.
-
-    Returns:
-        The clips, and by place (file and line) what is wrong with others.
-
-    Raises:
-        ValueError: a source is none of these or has no clips, two of them have clips of one key, or a dataset has no
-            such column.
-        OSError: a list cannot be read.
-    """
-    if list_audio not in ("prompt", "target"):
-        raise ValueError(f"list_audio={list_audio!r}; accepted: 'prompt' or 'target'")
-    clips: dict[str, Clip] = {}
-    problems: dict[str, str] = {}
-    for source in map(Path, sources):
-        if source.is_dir():
-            dataset = _open_dataset(source)
-            found = _folder_clips(source) if dataset is None else _dataset_clips(source, dataset, audio_column)
-        elif source.is_file():
-            found = _list_clips(source, list_audio, problems)
-        else:
-            raise ValueError(f"{source}: no such file or directory; {_ACCEPTED}")
-        before = len(clips) + len(problems)
-        for clip in found:
-            if clip.key in clips:
-                raise ValueError(f"{source}: two clips have the key {clip.key!r}; accepted: different keys")
-            clips[clip.key] = clip
-        if len(clips) + len(problems) == before:
-            raise ValueError(f"{source}: no clips; {_ACCEPTED}")
-    return list(clips.values()), problems
-
-
-def _folder_clips(folder: Path) -> Iterator[Clip]:
-    for path in sorted(path for path in folder.rglob("*") if path.suffix.lower() in AUDIO_SUFFIXES):
-        if path.is_file():
-            place = path.relative_to(folder)
-            subset = place.parts[0] if len(place.parts) > 1 else folder.resolve().name
-            yield Clip(str(path), subset, functools.partial(str, path))
-
-
-def _open_dataset(directory: Path) -> datasets.DatasetDict | None:
-    """A dataset by its splits, or None of a directory that is none."""
-    if (directory / "dataset_dict.json").is_file() or (directory / "state.json").is_file():
-        loaded = datasets.load_from_disk(directory)
-        if isinstance(loaded, datasets.Dataset):
-            return datasets.DatasetDict({str(loaded.split or directory.resolve().name): loaded})
-        return loaded
-    if next(directory.rglob("*.parquet"), None) is not None:
-        return datasets.load_dataset("parquet", data_dir=str(directory))
-    return None
-
-
-def _dataset_clips(source: Path, splits: datasets.DatasetDict, audio_column: str) -> Iterator[Clip]:
-    for split, dataset in splits.items():
-        if audio_column not in dataset.column_names:
-            columns = ", ".join(map(repr, dataset.column_names))
-            raise ValueError(f"{source}: there is no column {audio_column!r}; accepted: {columns}")
-        if isinstance(dataset.features[audio_column], datasets.Audio):
-            dataset = dataset.cast_column(audio_column, datasets.Audio(decode=False))
-        key_column = next((name for name in ("key", "id") if name in dataset.column_names), None)
-        others = dataset.select_columns([name for name in (key_column, "language") if name in dataset.column_names])
-        audio = dataset.select_columns([audio_column])
-        for row in range(len(dataset)):
-            fields = others[row] if others.column_names else {}
-            key = str(row) if key_column is None else str(fields[key_column])
-            yield Clip(
-                f"{source}:{split}:{key}",
-                str(fields.get("language") or split),
-                functools.partial(_dataset_value, audio, row, audio_column),
-            )
-
-
-def _dataset_value(dataset: datasets.Dataset, row: int, column: str) -> Any:
-    return dataset[row][column]
-
-
-def _list_clips(path: Path, list_audio: str, problems: dict[str, str]) -> Iterator[Clip]:
-    subset = path.resolve().parent.name
-    seen: set[Path] = set()
-    try:
-        lines = path.read_text(encoding="utf-8").splitlines()
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{path}: not a text file in UTF-8; {_ACCEPTED}") from error
-    for number, line in enumerate(lines, start=1):
-        if not line.strip():
-            continue
-        fields = line.strip().split("|")
-        if len(fields) not in (4, 5):
-            problems[f"{path}, line {number}"] = (
-                f"{len(fields)} fields; accepted: name|prompt text|prompt audio|text, or with |audio at the end"
-            )
-            continue
-        target = fields[4] if len(fields) == 5 else f"wavs/{fields[0]}.wav"
-        audio = path.parent / (fields[2] if list_audio == "prompt" else target)
-        if audio not in seen:
-            seen.add(audio)
-            yield Clip(str(audio), subset, functools.partial(str, audio))
 
 
 # --- Workers ---
@@ -562,7 +416,8 @@ def _list_clips(path: Path, list_audio: str, problems: dict[str, str]) -> Iterat
 class _PendingScores:
     """Scores of a clip that a worker computes."""
 
-    clip: Clip
+    key: str
+    subset: str
     seconds: float
     num_quantizers: int
     scores: Future[tuple[dict[str, float], dict[str, str]]]
@@ -573,17 +428,17 @@ class _PendingScores:
             scores, reasons = self.scores.result()
         except BrokenProcessPool as error:
             raise OSError(
-                f"a worker process died at or near {self.clip.key}, perhaps of want of memory; accepted: fewer workers"
+                f"a worker process died at or near {self.key}, perhaps of want of memory; accepted: fewer workers"
             ) from error
         if isinstance(self.speaker_similarity, str):
             reasons[SPEAKER_SIMILARITY] = self.speaker_similarity
         elif self.speaker_similarity is not None:
             scores[SPEAKER_SIMILARITY] = self.speaker_similarity
-        return ClipScores(self.clip.key, self.clip.subset, self.seconds, self.num_quantizers, scores, reasons)
+        return ClipScores(self.key, self.subset, self.seconds, self.num_quantizers, scores, reasons)
 
 
 class _Clock:
-    """Time spent on each kind of work."""
+    """Time spent on each kind of work, and the audio that it was spent on."""
 
     def __init__(self) -> None:
         self.started = time.perf_counter()
@@ -594,20 +449,86 @@ class _Clock:
     def elapsed(self) -> float:
         return time.perf_counter() - self.started
 
-    def time(self, work: str, function: Callable[..., Any], *arguments: Any) -> Any:
+    @contextmanager
+    def measure(self, work: str) -> Iterator[None]:
         begun = time.perf_counter()
-        result = function(*arguments)
+        yield
         self.spent[work] += time.perf_counter() - begun
-        return result
 
 
-def _worker_pool(workers: int) -> ProcessPoolExecutor:
+def _num_workers(device: torch.device) -> int:
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return cores if device.type == "cpu" else max(1, cores - 1)  # one of them launches the model's kernels
+
+
+@contextmanager
+def _worker_pool(workers: int) -> Iterator[ProcessPoolExecutor]:
     """Processes that share nothing with this one: neither its threads nor its CUDA context survive a fork."""
     method = "forkserver" if "forkserver" in multiprocessing.get_all_start_methods() else "spawn"
     context = multiprocessing.get_context(method)
     if method == "forkserver":
         context.set_forkserver_preload([__name__])
-    return ProcessPoolExecutor(workers, mp_context=context, initializer=torch.set_num_threads, initargs=(1,))
+    pool = ProcessPoolExecutor(workers, mp_context=context, initializer=_start_worker)
+    try:
+        yield pool
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+def _start_worker() -> None:
+    """There may be as many workers as cores: each uses one. It ends with the process that started it, in any case."""
+    torch.set_num_threads(1)
+    require_package("threadpoolctl").threadpool_limits(1)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+
+
+def _end_with_parent() -> None:
+    parent = multiprocessing.parent_process()
+    if parent is not None:
+        parent.join()
+        os._exit(1)
+
+
+def _submit_scores(
+    pool: ProcessPoolExecutor,
+    clip: Clip,
+    reference: torch.Tensor,
+    degraded: dict[int, torch.Tensor],
+    sampling_rate: int,
+    metrics: Sequence[str],
+    speaker_verifier: SpeakerVerifier | None,
+) -> list[_PendingScores]:
+    """What is to be known of a clip at each number of codebooks. Speakers are compared at once."""
+    similarities = (
+        _speaker_similarities(speaker_verifier, reference, degraded, sampling_rate) if speaker_verifier else {}
+    )
+    return [
+        _PendingScores(
+            clip.key,
+            clip.subset,
+            len(reference) / sampling_rate,
+            count,
+            pool.submit(_score, reference.numpy(), signal.numpy(), sampling_rate, tuple(metrics)),
+            similarities.get(count),
+        )
+        for count, signal in degraded.items()
+    ]
+
+
+def _speaker_similarities(
+    verifier: SpeakerVerifier, reference: torch.Tensor, degraded: dict[int, torch.Tensor], sampling_rate: int
+) -> dict[int, float | str]:
+    """By number of codebooks, or why there is none."""
+    expected = _attempt(verifier.embedding, reference, sampling_rate)
+    if isinstance(expected, str):
+        return dict.fromkeys(degraded, expected)
+
+    def similarity(signal: torch.Tensor) -> float:
+        found = verifier.embedding(signal, sampling_rate)
+        return torch.nn.functional.cosine_similarity(expected, found, dim=0).item()
+
+    return {count: _attempt(similarity, signal) for count, signal in degraded.items()}
 
 
 def _score(
@@ -615,30 +536,24 @@ def _score(
 ) -> tuple[dict[str, float], dict[str, str]]:
     """Scores by metric, and the reasons of those that the signals do not have."""
     signals = torch.from_numpy(reference), torch.from_numpy(degraded)
-    outcomes = {metric: _try(METRICS[metric], *signals, sampling_rate) for metric in metrics}
+    outcomes = {metric: _attempt(METRICS[metric], *signals, sampling_rate) for metric in metrics}
     scores = {metric: outcome for metric, outcome in outcomes.items() if not isinstance(outcome, str)}
     return scores, {metric: outcome for metric, outcome in outcomes.items() if isinstance(outcome, str)}
 
 
-def _try(metric: Metric, reference: torch.Tensor, degraded: torch.Tensor, sampling_rate: int) -> float | str:
-    """A score, or why there is none."""
+def _attempt(function: Callable[..., Result], *arguments: Any) -> Result | str:
+    """A result, or why there is none."""
     try:
-        return metric(reference, degraded, sampling_rate)
-    except ValueError as error:
-        return str(error)
-
-
-def _warm_up(model: MiMoAudioTokenizerModel, counts: Sequence[int]) -> None:
-    """The first run of everything, which compiles and allocates, is not to be timed."""
-    (codes,) = encode_waveforms(model, [torch.zeros(model.config.sampling_rate)], max(counts))
-    decode_codes(model, [codes])
+        return function(*arguments)
+    except (ValueError, torch.OutOfMemoryError) as error:
+        return _one_line(error)
 
 
 # --- Report ---
 
 
 def _markdown_table(rows: Sequence[Sequence[str]]) -> str:
-    header, *body = rows
+    header, *body = [[cell.replace("|", "\\|") for cell in cells] for cells in rows]
     lines = [header, ["---:"] * len(header), *body]
     return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
 

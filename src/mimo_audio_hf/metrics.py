@@ -6,11 +6,12 @@ PESQ and STOI are those of the packages `pesq` and `pystoi`, in the extra `eval`
 
 from __future__ import annotations
 
+import functools
 import importlib
 import math
 import os
 import warnings
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from types import ModuleType
 
@@ -24,6 +25,10 @@ from .feature_extraction_mimo_audio_tokenizer import MiMoAudioTokenizerFeatureEx
 # Evaluations of speech codecs take both kinds of PESQ from audio at 16 kHz: ITU-T P.862 filters it to telephone band
 # itself for the narrow-band kind, P.862.2 has no other rate.
 PESQ_RATE = 16000
+
+# The package keeps 50 utterances in arrays that it writes beyond for more: other scores, or a crash. An utterance and
+# the pause after it last 0.4 s or more, so that these clips cannot have more.
+PESQ_MAX_SECONDS = 20
 
 # A sine at full scale has a mel magnitude of about 200, rounding to 16 bits one of about 2e-4: below is only noise.
 MEL_DISTANCE_FLOOR = 1e-3
@@ -53,15 +58,19 @@ def pesq(reference: torch.Tensor, degraded: torch.Tensor, sampling_rate: int, mo
         mode: `"nb"`, ITU-T P.862.1, or `"wb"`, ITU-T P.862.2.
 
     Raises:
-        ValueError: PESQ is not defined for these signals: less than a quarter of a second, or no speech found in them.
+        ValueError: PESQ is not defined for these signals: less than a quarter of a second, more than
+            `PESQ_MAX_SECONDS`, silence, or no speech found in them.
         ModuleNotFoundError: the package is not installed; the message names the extra.
     """
     if mode not in ("nb", "wb"):
         raise ValueError(f"mode={mode!r}; accepted: 'nb' or 'wb'")
     package = require_package("pesq")
     signals = [resample(signal, sampling_rate, PESQ_RATE).numpy() for signal in _pair(reference, degraded)]
-    if not signals[0].any():
-        raise ValueError("PESQ: the reference is silent")
+    if len(signals[0]) > PESQ_MAX_SECONDS * PESQ_RATE:
+        raise ValueError(f"PESQ: longer than {PESQ_MAX_SECONDS} s")
+    for name, signal in zip(("reference", "degraded signal"), signals, strict=True):
+        if not signal.any():
+            raise ValueError(f"PESQ: the {name} is silent")
     try:
         return float(package.pesq(PESQ_RATE, *signals, mode))
     except package.PesqError as error:
@@ -116,37 +125,81 @@ def mel_distance(reference: torch.Tensor, degraded: torch.Tensor, sampling_rate:
     return (mels[0] - mels[1]).abs().mean().item()
 
 
-def codebook_use(codes: Iterable[torch.Tensor], sizes: Sequence[int]) -> list[CodebookUse]:
-    """The use of each codebook by all the codes together.
+# By name, what compares a recording and what became of it: (reference, degraded, sampling_rate), as `pesq` takes them.
+Metric = Callable[[torch.Tensor, torch.Tensor, int], float]
+METRICS: dict[str, Metric] = {
+    "pesq_nb": functools.partial(pesq, mode="nb"),
+    "pesq_wb": functools.partial(pesq, mode="wb"),
+    "stoi": stoi,
+    "mel_distance": mel_distance,
+}
+_PACKAGES = {"pesq_nb": "pesq", "pesq_wb": "pesq", "stoi": "pystoi"}
 
-    Args:
-        codes: clips (L, Q), integers; Q may differ between clips, and a codebook counts where it is present.
-        sizes: entries of the codebooks.
+
+def require_metrics(names: Iterable[str]) -> None:
+    """Check that metrics exist and that what computes them is installed.
 
     Raises:
-        ValueError: codes have more codebooks than there are sizes, or are out of range.
+        ValueError: there is no such metric.
+        ModuleNotFoundError: a package is not installed; the message names the extra.
     """
-    counts = [torch.zeros(size, dtype=torch.long) for size in sizes]
-    for clip in codes:
-        if clip.ndim != 2 or clip.shape[1] > len(counts):
-            shape = tuple(clip.shape)
-            raise ValueError(f"codes have shape {shape}; accepted: (frames, 1 to {len(counts)} codebooks)")
-        for book, column in enumerate(clip.long().cpu().t()):
-            found = column.bincount(minlength=sizes[book])
-            if len(found) != sizes[book]:
+    for name in names:
+        if name not in METRICS:
+            raise ValueError(f"metric {name!r}; accepted: {', '.join(METRICS)}")
+        if name in _PACKAGES:
+            require_package(_PACKAGES[name])
+
+
+class CodebookCounter:
+    """Counts how often each entry of each codebook occurs, a clip at a time.
+
+    Args:
+        sizes: entries of the codebooks.
+    """
+
+    def __init__(self, sizes: Sequence[int]) -> None:
+        self.counts = [torch.zeros(size, dtype=torch.long) for size in sizes]
+
+    def add(self, codes: torch.Tensor) -> None:
+        """Count one clip's codes.
+
+        Args:
+            codes: (L, Q), integers; Q may differ between clips, and a codebook counts where it is present.
+
+        Raises:
+            ValueError: there are more codebooks than sizes, or codes are out of range; nothing of them is counted.
+        """
+        if codes.ndim != 2 or codes.shape[1] > len(self.counts):
+            shape = tuple(codes.shape)
+            raise ValueError(f"codes have shape {shape}; accepted: (frames, 1 to {len(self.counts)} codebooks)")
+        columns = codes.long().cpu().t()
+        for book, (column, count) in enumerate(zip(columns, self.counts, strict=False)):
+            outside = column[(column < 0) | (column >= len(count))]
+            if len(outside):
                 raise ValueError(
-                    f"codes hold {len(found) - 1} for codebook {book} (counted from 0); "
-                    f"accepted: 0 to {sizes[book] - 1}"
+                    f"codes hold {outside[0]} for codebook {book} (counted from 0); accepted: 0 to {len(count) - 1}"
                 )
-            counts[book] += found
-    return [
-        CodebookUse(
-            entries=len(count),
-            used=int(count.count_nonzero()),
-            perplexity=torch.special.entr(count.double() / count.sum().clamp(min=1)).sum().exp().item(),
-        )
-        for count in counts
-    ]
+        for column, count in zip(columns, self.counts, strict=False):
+            count += column.bincount(minlength=len(count))
+
+    def use(self) -> list[CodebookUse]:
+        """The use of each codebook by all the codes together."""
+        return [
+            CodebookUse(
+                entries=len(count),
+                used=int(count.count_nonzero()),
+                perplexity=torch.special.entr(count.double() / count.sum().clamp(min=1)).sum().exp().item(),
+            )
+            for count in self.counts
+        ]
+
+
+def codebook_use(codes: Iterable[torch.Tensor], sizes: Sequence[int]) -> list[CodebookUse]:
+    """The use of each codebook by all of some clips' codes: see [`CodebookCounter`]."""
+    counter = CodebookCounter(sizes)
+    for clip in codes:
+        counter.add(clip)
+    return counter.use()
 
 
 class SpeakerVerifier:
@@ -166,7 +219,7 @@ class SpeakerVerifier:
         try:
             self.feature_extractor = AutoFeatureExtractor.from_pretrained(model)
             loaded, report = AutoModelForAudioXVector.from_pretrained(
-                model, use_safetensors=True, output_loading_info=True
+                model, use_safetensors=True, dtype=torch.float32, output_loading_info=True
             )
         except (OSError, ValueError, KeyError) as error:
             raise ValueError(
@@ -191,23 +244,32 @@ class SpeakerVerifier:
         Raises:
             ValueError: the signals are too short for the model.
         """
-        one, other = (self._embedding(signal, sampling_rate) for signal in _pair(reference, degraded))
-        return torch.nn.functional.cosine_similarity(one, other).item()
+        one, other = (self.embedding(signal, sampling_rate) for signal in _pair(reference, degraded))
+        return torch.nn.functional.cosine_similarity(one, other, dim=0).item()
 
     @torch.inference_mode()
-    def _embedding(self, signal: torch.Tensor, sampling_rate: int) -> torch.Tensor:
-        """(1, xvector_output_dim) of one signal, alone: padding would not be nothing to every such model."""
+    def embedding(self, signal: torch.Tensor, sampling_rate: int) -> torch.Tensor:
+        """The speaker of a signal (samples,), alone: padding would not be nothing to every such model.
+
+        Returns:
+            (xvector_output_dim,) float32, where the model runs.
+
+        Raises:
+            ValueError: the signal is too short for the model.
+        """
         rate = self.feature_extractor.sampling_rate
-        features = self.feature_extractor(
-            resample(signal, sampling_rate, rate).numpy(), sampling_rate=rate, return_tensors="pt"
-        ).to(self.model.device)
+        samples = resample(signal.detach().cpu().float(), sampling_rate, rate).numpy()
+        features = self.feature_extractor(samples, sampling_rate=rate, return_tensors="pt").to(self.model.device)
+        too_short = f"speaker similarity: the clip is too short for {self.name}"
         try:
-            return self.model(**features).embeddings
+            embedding = self.model(**features).embeddings[0]
+        except torch.OutOfMemoryError:
+            raise
         except RuntimeError as error:
-            if isinstance(error, torch.OutOfMemoryError):
-                raise
-            seconds = len(signal) / sampling_rate
-            raise ValueError(f"speaker similarity: {seconds:.2f} s of audio is too short for {self.name}") from error
+            raise ValueError(too_short) from error
+        if not embedding.isfinite().all():  # a single frame has no standard deviation
+            raise ValueError(too_short)
+        return embedding
 
 
 def require_package(name: str, extra: str = "eval") -> ModuleType:
@@ -235,4 +297,6 @@ def _require_pair(reference: torch.Tensor, degraded: torch.Tensor) -> tuple[torc
             f"reference and degraded have shapes {tuple(reference.shape)} and {tuple(degraded.shape)}; "
             "accepted: (samples,), equally long, not empty"
         )
+    if not (reference.isfinite().all() and degraded.isfinite().all()):
+        raise ValueError("a signal has NaN or infinite samples; accepted: finite samples")
     return reference, degraded

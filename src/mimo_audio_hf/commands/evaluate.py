@@ -6,8 +6,8 @@ from __future__ import annotations
 import argparse
 import time
 
-from ..evaluation import METRICS, evaluate, read_sources, require_free, require_metrics
-from ..metrics import SpeakerVerifier, require_package
+from ..evaluation import evaluate, read_sources, require_free
+from ..metrics import METRICS, SpeakerVerifier, require_metrics, require_package
 from .options import (
     Subparsers,
     add_batch_seconds,
@@ -31,10 +31,8 @@ def add_evaluate(subparsers: Subparsers) -> None:
     parser.add_argument(
         "sources",
         nargs="+",
-        type=path_argument,
         metavar="SOURCE",
-        help="a folder of audio files, a dataset (a directory that datasets saved, or of Parquet files), or a list in "
-        "the format of Seed-TTS-Eval's meta.lst",
+        help="a .lst file in the format of Seed-TTS-Eval's meta.lst, or whatever tokenize reads",
     )
     parser.add_argument(
         "-o",
@@ -60,7 +58,9 @@ def add_evaluate(subparsers: Subparsers) -> None:
         help="for the speaker similarity: a Hub id or a directory of an x-vector model of transformers, such as "
         "microsoft/wavlm-base-plus-sv (default: not computed)",
     )
-    parser.add_argument("--audio-column", default="audio", metavar="C", help="of datasets (default: %(default)s)")
+    parser.add_argument("--column", metavar="C", help="column of the audio (default: found by its name)")
+    parser.add_argument("--config", metavar="C", help="configuration of a dataset on the Hub")
+    parser.add_argument("--split", metavar="S", help="split of a dataset (default: all of one on disk)")
     parser.add_argument(
         "--list-audio",
         choices=["prompt", "target"],
@@ -68,7 +68,10 @@ def add_evaluate(subparsers: Subparsers) -> None:
         help="which audio of a list: the prompts, each once, or the recordings of the texts (default: %(default)s)",
     )
     parser.add_argument(
-        "--workers", type=positive_count, metavar="N", help="processes for the metrics (default: one per processor)"
+        "--num-workers",
+        type=positive_count,
+        metavar="N",
+        help="processes for the metrics (default: one per core, less one for a GPU)",
     )
     add_model_options(parser)
     add_batch_seconds(parser)
@@ -78,12 +81,12 @@ def add_evaluate(subparsers: Subparsers) -> None:
 def run_evaluate(args: argparse.Namespace) -> int:
     started = time.perf_counter()
     require_free(args.output)
-    try:
-        require_metrics(args.metrics)
-        require_package("matplotlib")
-    except ModuleNotFoundError as error:
-        raise ValueError(error) from error
-    clips, problems = read_sources(args.sources, audio_column=args.audio_column, list_audio=args.list_audio)
+    require_metrics(args.metrics)
+    for package in ("matplotlib", "threadpoolctl"):
+        require_package(package)
+    clips = read_sources(
+        args.sources, column=args.column, config=args.config, split=args.split, list_audio=args.list_audio
+    )
     model = load_converter(args, None if args.num_quantizers is None else max(args.num_quantizers), decodes=True)
     verifier = None if args.speaker_model is None else SpeakerVerifier(args.speaker_model, model.device)
     evaluation = evaluate(
@@ -92,18 +95,16 @@ def run_evaluate(args: argparse.Namespace) -> int:
         args.num_quantizers,
         metrics=args.metrics,
         speaker_verifier=verifier,
-        workers=args.workers,
+        num_workers=args.num_workers,
         max_batch_seconds=args.batch_seconds,
         progress=None,
     )
-    failures = problems | evaluation.failures
-    for name, reason in failures.items():
+    for name, reason in evaluation.failures.items():
         report(reason if name in reason else f"{name}: {reason}")
-    paths = evaluation.save(args.output)
     print(evaluation.to_markdown())
-    done = len(clips) - len(evaluation.failures)
+    paths = evaluation.save(args.output)
     print(
-        f"evaluated {done} of {counted(len(clips) + len(problems), 'clip')} in {time.perf_counter() - started:.1f} s "
-        f"-> {', '.join(map(str, paths))}"
+        f"evaluated {len(clips) - len(evaluation.failures)} of {counted(len(clips), 'clip')} in "
+        f"{time.perf_counter() - started:.1f} s -> {', '.join(map(str, paths))}"
     )
-    return 1 if failures else 0
+    return 1 if evaluation.failures else 0

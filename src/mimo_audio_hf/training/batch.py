@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch.nn.utils.rnn import pad_sequence
 
 from ..configuration_mimo_audio_tokenizer import MiMoAudioTokenizerConfig
 from ..feature_extraction_mimo_audio_tokenizer import MiMoAudioTokenizerFeatureExtractor
@@ -25,10 +26,7 @@ class Batch:
 
     Attributes:
         waveforms: (samples,) float32.
-        features: their log-mels, (frames, n_mels).
         encoder_layout, decoder_layout: the model's, for these clips.
-        waveform_index, decoded_index: (clips, longest): where each sample of the padded batch lies in `waveforms` and
-            in what the decoder returns; past a clip's end, some other sample of it.
         segments: (clips,) first sample of each clip's segment for the discriminators.
         segment_samples: length of the segments, alike in all processes: no more than the shortest clip.
         text_ids, text_lengths: tokens of the clips' texts (tokens,), or nothing.
@@ -39,11 +37,8 @@ class Batch:
     """
 
     waveforms: torch.Tensor
-    features: torch.Tensor
     encoder_layout: MiMoAudioTokenizerEncoderLayout
     decoder_layout: MiMoAudioTokenizerDecoderLayout
-    waveform_index: torch.Tensor
-    decoded_index: torch.Tensor
     segments: torch.Tensor
     segment_samples: int
     text_ids: torch.Tensor | None
@@ -83,7 +78,6 @@ class Collator:
     def __init__(self, config: MiMoAudioTokenizerConfig, max_segment_samples: int) -> None:
         self.max_segment_samples = max_segment_samples
         self.extractor = MiMoAudioTokenizerFeatureExtractor.from_config(config)
-        self.samples_per_frame = config.samples_per_frame
         with torch.device("meta"):
             self.model = MiMoAudioTokenizerModel(config)
 
@@ -112,18 +106,14 @@ class Collator:
         lengths = [len(waveform) for waveform in waveforms]
         batch_lengths = lengths if batch_lengths is None else list(batch_lengths)
         keys = [str(number) for number in range(len(lengths))] if keys is None else list(keys)
-        mels = [self.extractor.log_mel_spectrogram(waveform) for waveform in waveforms]
-        mel_lengths = [mel.shape[1] for mel in mels]
+        mel_lengths = [self.extractor.num_frames(length) for length in lengths]
         code_lengths = self.model.encoder.code_lengths(mel_lengths)
         segment_samples = min(self.max_segment_samples, *batch_lengths)
         places = [0.0] * len(lengths) if segments is None else segments
         return Batch(
             waveforms=torch.cat(list(waveforms)),
-            features=torch.cat([mel.t() for mel in mels]),
             encoder_layout=self.model.encoder_layout(mel_lengths, "cpu"),
             decoder_layout=self.model.decoder_layout(code_lengths, "cpu"),
-            waveform_index=_padded_index(lengths, lengths),
-            decoded_index=_padded_index(lengths, [length * self.samples_per_frame for length in code_lengths]),
             segments=torch.tensor(
                 [int(place * (length - segment_samples + 1)) for place, length in zip(places, lengths, strict=True)]
             ),
@@ -140,8 +130,7 @@ class Collator:
         )
 
 
-def _padded_index(lengths: Sequence[int], strides: Sequence[int]) -> torch.Tensor:
-    """(clips, longest): clip i's samples begin after the strides of those before it."""
-    starts = torch.tensor([0, *strides[:-1]]).cumsum(0)
-    ends = torch.tensor(lengths)[:, None] - 1
-    return starts[:, None] + torch.minimum(torch.arange(max(lengths)), ends)
+def padded(packed: torch.Tensor, lengths: Sequence[int], strides: Sequence[int]) -> torch.Tensor:
+    """(clips, longest) of packed samples, where a clip begins after the strides of those before it; then zeros."""
+    clips = [clip[:length] for clip, length in zip(packed.split(list(strides)), lengths, strict=True)]
+    return pad_sequence(clips, batch_first=True)

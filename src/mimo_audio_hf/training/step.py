@@ -22,6 +22,7 @@ from accelerate.utils import AutocastKwargs, DistributedType, InitProcessGroupKw
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
+from ..feature_extraction_mimo_audio_tokenizer import MiMoAudioTokenizerFeatureExtractor
 from ..modeling_mimo_audio_tokenizer import (
     AttentionBackend,
     MiMoAudioTokenizerDecoder,
@@ -31,7 +32,7 @@ from ..modeling_mimo_audio_tokenizer import (
 )
 from . import checkpointing
 from .audio_to_text import AudioToTextLoss
-from .batch import Batch
+from .batch import Batch, padded
 from .config import RECONSTRUCTION, TrainingConfig
 from .discriminators import AudioDiscriminator
 from .losses import MultiScaleMelLoss, adversarial_loss, discriminator_loss, feature_matching_loss
@@ -76,14 +77,14 @@ class TokenizerTraining(nn.Module):
         self.audio_to_text = audio_to_text
 
     def forward(
-        self, batch: Batch, num_quantizers: int, backend: AttentionBackend
+        self, features: torch.Tensor, batch: Batch, num_quantizers: int, backend: AttentionBackend
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor | None]:
-        """Packed samples (total_samples,), codes (total_codes, num_quantizers), the commitment loss, and the sum of
-        the text tokens' losses."""
+        """Packed log-mels (total_frames, n_mels) to packed samples (total_samples,), codes (total_codes,
+        num_quantizers), the commitment loss, and the sum of the text tokens' losses."""
         encoder, decoder = self.tokenizer.encoder, cast(MiMoAudioTokenizerDecoder, self.tokenizer.decoder)
         dtype = encoder.conv1.weight.dtype
-        features = encoder(batch.features.to(dtype), batch.encoder_layout, backend)
-        quantized, codes, commitment = encoder.quantizer(features, num_quantizers, dtype)
+        encoded = encoder(features.to(dtype), batch.encoder_layout, backend)
+        quantized, codes, commitment = encoder.quantizer(encoded, num_quantizers, dtype)
         samples = decoder(quantized.to(dtype), batch.decoder_layout, backend).flatten()
         text = None
         if self.audio_to_text is not None and batch.text_ids is not None:
@@ -119,6 +120,7 @@ class TrainingStep:
         self.device = accelerator.device
         self.half = accelerator.mixed_precision == "bf16"
         self.tokenizer = tokenizer
+        self.extractor = MiMoAudioTokenizerFeatureExtractor.from_config(tokenizer.config)
         self.mel_loss = MultiScaleMelLoss(
             tokenizer.config.sampling_rate, log=config.log_mel_loss, log_floor=config.log_mel_floor
         )
@@ -244,20 +246,24 @@ class TrainingStep:
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
         """Packed samples and codes of a batch and, in stage 1, commitment loss and the sum of the text's losses."""
         count = self.tokenizer.check_num_quantizers(num_quantizers)
+        mels = self.extractor.packed_log_mel_spectrogram(batch.waveforms.split(batch.lengths))
         if self.config.stage == 1:
-            return self.generator(batch, count, self.backend)
+            return self.generator(mels, batch, count, self.backend)
         with torch.no_grad():
-            codes = self.tokenizer.encode(
-                batch.features, num_quantizers=count, layout=batch.encoder_layout
-            ).audio_codes
+            codes = self.tokenizer.encode(mels, num_quantizers=count, layout=batch.encoder_layout).audio_codes
             features = self.tokenizer.encoder.quantizer.decode(codes, self.dtype).to(self.dtype)
         return self.generator(features, batch.decoder_layout, self.backend), codes, None, None
+
+    def pairs(self, batch: Batch, samples: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """What was decoded, trimmed, and the recordings: padded, (clips, longest)."""
+        strides = [length * self.tokenizer.config.samples_per_frame for length in batch.code_lengths]
+        return padded(samples, batch.lengths, strides), padded(batch.waveforms, batch.lengths, batch.lengths)
 
     def backward(self, batch: Batch, num_quantizers: int, weight: float) -> dict[str, torch.Tensor]:
         """Adds the gradients of a batch, and returns this process's shares of its losses."""
         config = self.config
         samples, _, commitment, text = self.reconstruct(batch, num_quantizers)
-        predicted, target = samples[batch.decoded_index], batch.waveforms[batch.waveform_index]
+        predicted, target = self.pairs(batch, samples)
         losses = {RECONSTRUCTION: self.mel_loss(predicted, target, batch.lengths, batch.batch_lengths)}
         loss = config.reconstruction_weight * losses[RECONSTRUCTION]
         if commitment is not None:

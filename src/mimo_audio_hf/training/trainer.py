@@ -13,7 +13,6 @@ every `logging_steps`, before every checkpoint and at the end.
 from __future__ import annotations
 
 import dataclasses
-import functools
 import itertools
 import json
 import logging
@@ -34,7 +33,7 @@ from ..audio import save_audio
 from ..checkpoints import load_model
 from ..files import replacing
 from ..hub import TRAINING_NAME
-from ..metrics import mel_distance, pesq, require_package, stoi
+from ..metrics import METRICS, Metric, require_metrics, require_package
 from ..version import __version__
 from . import checkpointing
 from .audio_to_text import AudioToTextLoss, load_language_model
@@ -49,9 +48,6 @@ from .step import TrainingStep, derived_seed, make_accelerator
 logger = logging.getLogger(__name__)
 
 LOG_NAME = "log.jsonl"
-
-# How well one clip was reconstructed: (reference, decoded, sampling_rate), both (samples,) float32 on the CPU.
-Metric = Callable[[torch.Tensor, torch.Tensor, int], float]
 
 # The metrics that are better when they are lower; all others are when they are higher.
 _LOWER_IS_BETTER = (RECONSTRUCTION, "mel_distance")
@@ -84,6 +80,7 @@ class Trainer:
     Raises:
         ValueError: an option, the model or the data cannot be used; or the directory holds a run already and is not to
             be resumed, or is of another configuration or other data.
+        ModuleNotFoundError: a package is not installed; the message names the extra.
     """
 
     def __init__(
@@ -97,7 +94,8 @@ class Trainer:
         self.config = config
         self.step = 0
         self.directory = Path(config.output_dir)
-        self.metrics = {name: find_metric(name) for name in config.metrics} | dict(metrics or {})
+        require_metrics(config.metrics)
+        self.metrics = {name: METRICS[name] for name in config.metrics} | dict(metrics or {})
         known = (RECONSTRUCTION, *self.metrics)
         if config.metric_for_best_model not in known:
             raise ValueError(f"metric_for_best_model={config.metric_for_best_model!r}; accepted: {', '.join(known)}")
@@ -357,7 +355,7 @@ class Trainer:
                 continue
             for book, column in enumerate(codes.t()):
                 used[book] += torch.bincount(column, minlength=sizes[book])
-            decoded, targets = samples[batch.decoded_index], batch.waveforms[batch.waveform_index]
+            decoded, targets = self.trained.pairs(batch, samples)
             for clip, key, length, reference, waveform in zip(
                 batch.clips, batch.keys, batch.lengths, targets, decoded, strict=True
             ):
@@ -494,26 +492,6 @@ class Trainer:
             "step": self.step,
             "metrics": metrics,
         }
-
-
-def find_metric(name: str) -> Metric:
-    """A metric of a clip by name.
-
-    Raises:
-        ValueError: there is none of this name.
-        ModuleNotFoundError: its package is not installed; the message names the extra.
-    """
-    known: dict[str, Metric] = {
-        "mel_distance": mel_distance,
-        "stoi": stoi,
-        "pesq_nb": functools.partial(pesq, mode="nb"),
-        "pesq_wb": functools.partial(pesq, mode="wb"),
-    }
-    if name not in known:
-        raise ValueError(f"metrics={name!r}; accepted: {', '.join(known)}")
-    if name != "mel_distance":
-        require_package("pystoi" if name == "stoi" else "pesq")
-    return known[name]
 
 
 def _is_scalar(value: Any) -> bool:
