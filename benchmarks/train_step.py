@@ -6,9 +6,9 @@
 A step is the trainer's own: frozen encoder, decoder and discriminators forward and backward, gradient clipping, both
 optimizers. Batches are on the GPU already. The floor is three times the forward's operations of what is trained
 (decoder, vocoder, and the discriminators on the real and the decoded segments) over the rate of a large product in
-the same run; the frozen encoder's forward is told beside it. With several processes, each has a batch of its own of
-the same size, and the data-parallel efficiency is the time of a step without averaging of gradients over that of one
-with it.
+the same run; the frozen encoder's forward is told beside it. With `--codes` the encoder does not run. With several
+processes, each has a batch of its own of the same size, and the data-parallel efficiency is the time of a step without
+averaging of gradients over that of one with it.
 """
 
 from __future__ import annotations
@@ -27,10 +27,17 @@ from mimo_audio_hf.training.config import TrainingConfig
 from mimo_audio_hf.training.step import TrainingStep, make_accelerator
 
 
-def random_batch(collator: Collator, seconds: float, clips: int, device: torch.device) -> Batch:
+def random_batch(
+    collator: Collator, seconds: float, clips: int, device: torch.device, with_codes: bool = False
+) -> Batch:
     generator = torch.Generator().manual_seed(0)
     waveforms = [torch.randn(int(seconds * 24000), generator=generator) * 0.1 for _ in range(clips)]
-    return collator(waveforms).to(device)
+    codes = None
+    if with_codes:
+        sizes = collator.model.config.codebook_sizes
+        frames = [len(waveform) // collator.model.config.samples_per_frame for waveform in waveforms]
+        codes = [(torch.rand(count, len(sizes)) * torch.tensor(sizes)).long() for count in frames]
+    return collator(waveforms, codes=codes).to(device)
 
 
 def discriminator_flops(trained: TrainingStep, batch: Batch) -> float:
@@ -50,6 +57,7 @@ def main() -> None:
     parser.add_argument("--discriminator-seconds", type=float, default=1.0)
     parser.add_argument("--attn-implementation")
     parser.add_argument("--torch-compile", action="store_true")
+    parser.add_argument("--codes", action="store_true", help="the batch has codes, so that the encoder does not run")
     args = parser.parse_args()
 
     options = TrainingConfig(
@@ -59,13 +67,14 @@ def main() -> None:
         discriminator_seconds=args.discriminator_seconds,
         attn_implementation=args.attn_implementation,
         torch_compile=args.torch_compile,
+        codes_column="codes" if args.codes else None,
     )
     config = MiMoAudioTokenizerConfig()
     accelerator = make_accelerator(options)
     torch.cuda.set_device(accelerator.device)
     trained = TrainingStep(options, accelerator, random_model(config, torch.float32))
     collator = Collator(config, int(args.discriminator_seconds * config.sampling_rate))
-    batch = random_batch(collator, args.clip_seconds, args.clips, trained.device)
+    batch = random_batch(collator, args.clip_seconds, args.clips, trained.device, args.codes)
 
     def step() -> None:
         trained.train([batch], 0)
@@ -97,6 +106,7 @@ def main() -> None:
         "dtype": "bfloat16, float32 master weights",
         "attn_implementation": args.attn_implementation or "default",
         "torch_compile": args.torch_compile,
+        "encoder_runs": not args.codes,
         "processes": accelerator.num_processes,
         "audio_seconds_per_process": args.clips * args.clip_seconds,
         "discriminated_seconds_per_process": args.clips * batch.segment_samples / config.sampling_rate,

@@ -33,6 +33,7 @@ from mimo_audio_hf import (
     encode_waveforms,
     load_audio,
     load_model,
+    tokenize_audio,
 )
 from mimo_audio_hf.cli import main
 from mimo_audio_hf.training import NonFiniteLossError, Trainer
@@ -378,6 +379,62 @@ def test_gains(stage1, clips, tmp_path):
     assert gains.log10().std() > 0.2
     assert torch.equal(gains, ratios(True)) and not torch.equal(gains, ratios(True, epoch=1))
     assert torch.equal(ratios(False), torch.ones(20))
+
+
+def test_codes_that_are_there_are_used(stage1, clips, tmp_path, monkeypatch):
+    """Whole clips give the same training with the encoder and without it."""
+    start = stage1 / "checkpoint-200"
+    whole = {"crop_seconds": 2.0, "quantizer_dropout": 0.5}
+    run(start, tmp_path / "encoder", clips, clips.select(range(4)), **whole)
+    tokenized = clips.map(tokenize_audio, batched=True, fn_kwargs={"model": str(start), "device": "cpu"})
+    AcceleratorState._reset_state(reset_partial_state=True)
+    config = TrainingConfig(**options(start, tmp_path / "codes", codes_column="audio_codes", **whole))
+    trainer = Trainer(config, tokenized, tokenized.select(range(4)))
+    monkeypatch.setattr(trainer.tokenizer.encoder, "forward", None)
+    trainer.train()
+    assert_same_weights(tmp_path / "codes" / "checkpoint-4", tmp_path / "encoder" / "checkpoint-4", rtol=0, atol=1e-6)
+    name = "validation/reconstruction_loss"
+    assert logged(tmp_path / "codes", name) == pytest.approx(logged(tmp_path / "encoder", name), abs=1e-6)
+
+
+def test_crops_of_codes(stage1, waveform, tmp_path):
+    start = stage1 / "checkpoint-200"
+    clip = datasets.Dataset.from_dict({"audio": [{"array": waveform[:50000], "sampling_rate": RATE}]})
+    tokenized = clip.map(tokenize_audio, batched=True, fn_kwargs={"model": str(start), "device": "cpu"})
+    config = TrainingConfig(**options(start, tmp_path, codes_column="audio_codes", crop_seconds=0.5))
+    trainer = Trainer(config, tokenized)
+    reader = trainer._reader(trainer.train_clips, training=True)
+    assert reader.used_samples(0) == 12 * 960  # of the 12.5 frames in half a second
+    codes = torch.tensor(tokenized["audio_codes"][0])
+    starts = set()
+    for epoch in range(5):
+        batch = reader[PlannedBatch(epoch, [0])]
+        assert batch.code_lengths == [12] and batch.codes.shape == (12, 4)
+        (first,) = (i for i in range(0, 39 * 960, 960) if np.array_equal(waveform[i:][: 12 * 960], batch.waveforms))
+        assert torch.equal(batch.codes, codes[first // 960 :][:12])
+        starts.add(first)
+    assert len(starts) > 2
+
+
+def test_codes_of_others_are_refused(stage1, fresh, clips, tmp_path, caplog):
+    start = stage1 / "checkpoint-200"
+    tokenized = clips.map(tokenize_audio, batched=True, fn_kwargs={"model": str(start), "device": "cpu"})
+    codes = [torch.tensor(each) for each in tokenized["audio_codes"]]
+    damaged = [codes[0][:-1], codes[1][:, :3], codes[2] + 60, -codes[3] - 1, None, *codes[5:]]
+    column = [None if each is None else each.tolist() for each in damaged]
+    dataset = datasets.Dataset.from_list([{**clip, "codes": each} for clip, each in zip(clips, column, strict=True)])
+    config = TrainingConfig(**options(start, tmp_path, codes_column="codes"))
+    skipped = Trainer(config, dataset).train_clips.skipped
+    reasons = ["frames of codes, not", "codes have shape", "out of the codebooks' range", "out of", "no codes"]
+    assert len(skipped) == 5
+    for problem, reason in zip(skipped.values(), reasons, strict=True):
+        assert reason in problem
+    AcceleratorState._reset_state(reset_partial_state=True)
+    other = tmp_path / "other"
+    torch.manual_seed(1)
+    MiMoAudioTokenizerModel(MiMoAudioTokenizerConfig(**MINI)).save_pretrained(other)
+    with pytest.raises(ValueError, match="accepted: codes that this model made"):
+        Trainer(TrainingConfig(**options(other, tmp_path, codes_column="audio_codes")), tokenized)
 
 
 def test_quantizer_dropout_is_of_the_step_alone(stage1, clips, tmp_path):

@@ -26,7 +26,8 @@ class Batch:
 
     Attributes:
         waveforms: (samples,) float32.
-        encoder_layout, decoder_layout: the model's, for these clips.
+        codes: (total_codes, Q) of the clips, or nothing where the encoder is to make them.
+        encoder_layout, decoder_layout: the model's, for these clips; none of an encoder that does not run.
         segments: (clips,) first sample of each clip's segment for the discriminators.
         segment_samples: length of the segments, alike in all processes: no more than the shortest clip.
         text_ids, text_lengths: tokens of the clips' texts (tokens,), or nothing.
@@ -37,7 +38,8 @@ class Batch:
     """
 
     waveforms: torch.Tensor
-    encoder_layout: MiMoAudioTokenizerEncoderLayout
+    codes: torch.Tensor | None
+    encoder_layout: MiMoAudioTokenizerEncoderLayout | None
     decoder_layout: MiMoAudioTokenizerDecoderLayout
     segments: torch.Tensor
     segment_samples: int
@@ -81,6 +83,10 @@ class Collator:
         with torch.device("meta"):
             self.model = MiMoAudioTokenizerModel(config)
 
+    def code_lengths(self, lengths: Sequence[int]) -> list[int]:
+        """Samples to code frames."""
+        return self.model.encoder.code_lengths([self.extractor.num_frames(length) for length in lengths])
+
     def __call__(
         self,
         waveforms: Sequence[torch.Tensor],
@@ -89,6 +95,7 @@ class Collator:
         keys: Sequence[str] | None = None,
         clips: Sequence[int] | None = None,
         texts: Sequence[list[int]] | None = None,
+        codes: Sequence[torch.Tensor] | None = None,
         batch_keys: Sequence[str] | None = None,
         batch_lengths: Sequence[int] | None = None,
         counted: bool = True,
@@ -100,6 +107,7 @@ class Collator:
             segments: where in each clip its segment for the discriminators lies, from 0 to 1; by default at its start.
             keys, clips: the clips' names and numbers.
             texts: the clips' tokens.
+            codes: the clips' codes (L, Q), where they are there already.
             batch_keys, batch_lengths: of the whole batch on all processes, if this is but a share of it.
             counted: see [`Batch`].
         """
@@ -107,12 +115,13 @@ class Collator:
         batch_lengths = lengths if batch_lengths is None else list(batch_lengths)
         keys = [str(number) for number in range(len(lengths))] if keys is None else list(keys)
         mel_lengths = [self.extractor.num_frames(length) for length in lengths]
-        code_lengths = self.model.encoder.code_lengths(mel_lengths)
+        code_lengths = self.code_lengths(lengths) if codes is None else [len(clip) for clip in codes]
         segment_samples = min(self.max_segment_samples, *batch_lengths)
         places = [0.0] * len(lengths) if segments is None else segments
         return Batch(
             waveforms=torch.cat(list(waveforms)),
-            encoder_layout=self.model.encoder_layout(mel_lengths, "cpu"),
+            codes=None if codes is None else torch.cat(list(codes)),
+            encoder_layout=self.model.encoder_layout(mel_lengths, "cpu") if codes is None else None,
             decoder_layout=self.model.decoder_layout(code_lengths, "cpu"),
             segments=torch.tensor(
                 [int(place * (length - segment_samples + 1)) for place, length in zip(places, lengths, strict=True)]

@@ -51,6 +51,9 @@ class TrainingConfig:
     validation_split: str = _option("validation", "split of the validation data")
     audio_column: str = _option("audio", "column of the audio")
     text_column: str = _option("text", "column of the text, which the audio-to-text loss needs")
+    codes_column: str | None = _option(
+        None, "stage 2: column of the clips' codes, as tokenize_audio makes them, so that the encoder need not run"
+    )
     key_column: str | None = _option(None, "column of the clips' names (default: their files' names)")
 
     model: str = _option(RELEASED_MODEL, "checkpoint to start from; `mimo-audio init` makes a fresh one")
@@ -140,6 +143,10 @@ class TrainingConfig:
         for name in ("adam_beta1", "adam_beta2"):
             require(0 <= getattr(self, name) < 1, name, "0 to 1")
         require(0 <= self.gain_db < math.inf, "gain_db", "0 or more")
+        require(self.codes_column is None or self.stage == 2, "codes_column", "nothing in stage 1, which makes codes")
+        require(
+            self.codes_column is None or self.gain_db == 0, "gain_db", "0 with codes, which are of clips as they are"
+        )
         require(0 <= self.quantizer_dropout <= 1, "quantizer_dropout", "0 to 1")
         require(self.crop_seconds <= self.batch_seconds, "crop_seconds", f"at most batch_seconds={self.batch_seconds}")
 

@@ -24,7 +24,7 @@ from torch.utils.data import DataLoader
 from torch.utils.data import Dataset as TorchDataset
 
 from ..audio import AUDIO_SUFFIXES
-from ..dataset import to_waveform
+from ..dataset import to_codes, to_waveform
 from .batch import Batch, Collator
 
 
@@ -103,7 +103,7 @@ class Clips:
 
     Attributes:
         dataset: with its audio column undecoded.
-        audio_column, text_column: names; no text column where no text is wanted.
+        audio_column, text_column, codes_column: names; no column of what is not wanted.
         sampling_rate: that of the lengths, in Hz.
         rows, keys, lengths: of each usable clip its row, its name and its samples.
         skipped: what was wrong with the others, by name.
@@ -113,6 +113,7 @@ class Clips:
     dataset: datasets.Dataset
     audio_column: str
     text_column: str | None
+    codes_column: str | None
     sampling_rate: int
     rows: list[int]
     keys: list[str]
@@ -129,6 +130,8 @@ class Clips:
         *,
         audio_column: str = "audio",
         text_column: str | None = None,
+        codes_column: str | None = None,
+        collator: Collator | None = None,
         key_column: str | None = None,
         min_samples: int = 1,
         num_workers: int = 0,
@@ -145,6 +148,8 @@ class Clips:
             name: of the dataset, for errors and for clips that have no name themselves; of a folder, its path.
             sampling_rate: what the audio is brought to, in Hz.
             text_column: with it, a clip without text is not usable.
+            codes_column: with it, a clip whose codes cannot be its own is not usable.
+            collator: of the model whose codes these are; needed with them.
             key_column: the clips' names; by default those of their files, from the folder on. What several clips are
                 called gets their rows' numbers.
             min_samples: shorter clips are not usable. Neither are silent ones, and those that cannot be read.
@@ -154,7 +159,7 @@ class Clips:
         Raises:
             ValueError: a column is missing, or no clip is usable.
         """
-        columns = [column for column in (audio_column, text_column, key_column) if column is not None]
+        columns = [column for column in (audio_column, text_column, codes_column, key_column) if column is not None]
         for column in columns:
             if column not in dataset.column_names:
                 raise ValueError(f"data {name}: no column {column!r}; accepted: {', '.join(dataset.column_names)}")
@@ -174,12 +179,19 @@ class Clips:
                     "sampling_rate": sampling_rate,
                     "audio_column": audio_column,
                     "text_column": text_column,
+                    "codes_column": codes_column,
                     "key_column": key_column,
+                    "codebook_sizes": [] if collator is None else collator.model.config.codebook_sizes,
                     "min_samples": min_samples,
                 },
             ).to_list()
         if num_processes > 1:
             found = gather_object(found)
+        if collator is not None and codes_column is not None:
+            expected = collator.code_lengths([clip["num_samples"] for clip in found])
+            for clip, frames in zip(found, expected, strict=True):
+                if not clip["problem"] and clip["num_codes"] != frames:
+                    clip["problem"] = f"{clip['num_codes']} frames of codes, not {frames} as its audio"
         keys = [clip["key"] or f"{name}[{row}]" for row, clip in enumerate(found)]
         called = Counter(keys)
         keys = [key if called[key] == 1 else f"{key}[{row}]" for row, key in enumerate(keys)]
@@ -193,6 +205,7 @@ class Clips:
             dataset=dataset,
             audio_column=audio_column,
             text_column=text_column,
+            codes_column=codes_column,
             sampling_rate=sampling_rate,
             rows=rows,
             keys=[keys[row] for row in rows],
@@ -208,8 +221,8 @@ class Clips:
     def seconds(self) -> float:
         return sum(self.lengths) / self.sampling_rate
 
-    def load(self, clip: int) -> tuple[torch.Tensor, str | None]:
-        """Samples (samples,) float32 and text of a usable clip."""
+    def load(self, clip: int) -> tuple[torch.Tensor, str | None, torch.Tensor | None]:
+        """Samples (samples,) float32, text and codes (L, Q) of a usable clip."""
         row = self.dataset[self.rows[clip]]
         try:
             waveform = to_waveform(row[self.audio_column], self.sampling_rate)
@@ -220,7 +233,8 @@ class Clips:
                 f"clip {self.keys[clip]} has {len(waveform)} samples and had {self.lengths[clip]} when the run "
                 "started; accepted: data that stay as they are"
             )
-        return waveform, None if self.text_column is None else row[self.text_column]
+        text = None if self.text_column is None else row[self.text_column]
+        return waveform, text, None if self.codes_column is None else to_codes(row[self.codes_column])
 
 
 @contextlib.contextmanager
@@ -241,7 +255,9 @@ def _inspect_clip(
     sampling_rate: int,
     audio_column: str,
     text_column: str | None,
+    codes_column: str | None,
     key_column: str | None,
+    codebook_sizes: Sequence[int],
     min_samples: int,
 ) -> dict[str, Any]:
     value = row[audio_column]
@@ -251,9 +267,15 @@ def _inspect_clip(
         key = str(row[key_column])
     elif path is not None:
         key = Path(path).relative_to(name).as_posix() if Path(path).is_relative_to(name) else Path(path).name
-    found: dict[str, Any] = {"key": key, "num_samples": 0, "digest": "", "problem": ""}
+    found: dict[str, Any] = {"key": key, "num_samples": 0, "num_codes": 0, "digest": "", "problem": ""}
+    codes = None
     try:
         waveform = to_waveform(value, sampling_rate)
+        if codes_column is not None:
+            if row[codes_column] is None:
+                raise ValueError(f"no codes in the column {codes_column!r}")
+            codes = require_codes(to_codes(row[codes_column]), codebook_sizes)
+            found["num_codes"] = len(codes)
     except (ValueError, OSError) as error:
         return found | {"problem": " ".join(str(error).split())}
     found["num_samples"] = len(waveform)
@@ -270,8 +292,25 @@ def _inspect_clip(
     else:
         content = hashlib.sha256(waveform.numpy().tobytes())
         content.update(str(text).encode())
+        if codes is not None:
+            content.update(codes.numpy().tobytes())
         found["digest"] = content.hexdigest()
     return found
+
+
+def require_codes(codes: torch.Tensor, codebook_sizes: Sequence[int]) -> torch.Tensor:
+    """Codes of all codebooks (L, Q), in range, as int64.
+
+    Raises:
+        ValueError: they are something else.
+    """
+    if codes.ndim != 2 or codes.shape[1] != len(codebook_sizes) or not len(codes) or codes.is_floating_point():
+        accepted = f"integers (frames, {len(codebook_sizes)} codebooks)"
+        raise ValueError(f"codes have shape {tuple(codes.shape)} and are {codes.dtype}; accepted: {accepted}")
+    codes = codes.long()
+    if codes.min() < 0 or (codes >= torch.tensor(codebook_sizes)).any():
+        raise ValueError("codes out of the codebooks' range; accepted: codes of the model that is trained")
+    return codes
 
 
 @dataclass(frozen=True)
@@ -373,7 +412,15 @@ class BatchReader(TorchDataset["Batch | ValueError"]):
 
     def used_samples(self, clip: int) -> int:
         """Samples of a clip that a batch holds: of a long one, a crop."""
-        return min(self.clips.lengths[clip], self.crop_samples)
+        length = self.clips.lengths[clip]
+        if length <= self.crop_samples:
+            return length
+        return self.crop_samples // self._crop_step * self._crop_step
+
+    @property
+    def _crop_step(self) -> int:
+        """Where codes are read, crops begin and end with one of them."""
+        return 1 if self.clips.codes_column is None else self.collator.model.config.samples_per_frame
 
     def _amplified(self, waveform: torch.Tensor, generator: random.Random) -> torch.Tensor:
         """Louder or softer, but never so loud that samples leave [-1, 1]."""
@@ -384,18 +431,22 @@ class BatchReader(TorchDataset["Batch | ValueError"]):
     def __getitem__(self, planned: PlannedBatch) -> Batch | ValueError:  # type: ignore[override]
         mine = planned.clips[self.process_index :: self.num_processes]
         counted = bool(mine)
-        waveforms, segments, texts = [], [], []
+        waveforms, segments, texts, all_codes = [], [], [], []
         try:
             for clip in mine or planned.clips[:1]:
-                waveform, text = self.clips.load(clip)
+                waveform, text, codes = self.clips.load(clip)
                 # Of the clip, not of the process that it falls to.
                 generator = random.Random(f"crop {self.seed} {planned.epoch} {clip}")
                 samples = self.used_samples(clip)
-                start = generator.randint(0, len(waveform) - samples)
+                step = self._crop_step
+                start = generator.randint(0, (len(waveform) - samples) // step) * step
                 segments.append(generator.random())
                 waveforms.append(self._amplified(waveform[start : start + samples], generator))
                 if self.tokenize is not None:
                     texts.append(self.tokenize(str(text)))
+                if codes is not None:
+                    whole = samples == len(waveform)
+                    all_codes.append(codes if whole else codes[start // step : (start + samples) // step])
         except ValueError as error:
             return error
         return self.collator(
@@ -404,6 +455,7 @@ class BatchReader(TorchDataset["Batch | ValueError"]):
             keys=[self.clips.keys[clip] for clip in mine or planned.clips[:1]],
             clips=mine or planned.clips[:1],
             texts=texts if self.tokenize is not None else None,
+            codes=all_codes or None,
             batch_keys=[self.clips.keys[clip] for clip in planned.clips],
             batch_lengths=[self.used_samples(clip) for clip in planned.clips],
             counted=counted,

@@ -27,6 +27,7 @@ from ..modeling_mimo_audio_tokenizer import (
     AttentionBackend,
     MiMoAudioTokenizerDecoder,
     MiMoAudioTokenizerDecoderLayout,
+    MiMoAudioTokenizerEncoderLayout,
     MiMoAudioTokenizerLayer,
     MiMoAudioTokenizerModel,
 )
@@ -83,7 +84,8 @@ class TokenizerTraining(nn.Module):
         num_quantizers), the commitment loss, and the sum of the text tokens' losses."""
         encoder, decoder = self.tokenizer.encoder, cast(MiMoAudioTokenizerDecoder, self.tokenizer.decoder)
         dtype = encoder.conv1.weight.dtype
-        encoded = encoder(features.to(dtype), batch.encoder_layout, backend)
+        layout = cast(MiMoAudioTokenizerEncoderLayout, batch.encoder_layout)
+        encoded = encoder(features.to(dtype), layout, backend)
         quantized, codes, commitment = encoder.quantizer(encoded, num_quantizers, dtype)
         samples = decoder(quantized.to(dtype), batch.decoder_layout, backend).flatten()
         text = None
@@ -142,7 +144,8 @@ class TrainingStep:
                 f"encoder.{name}": tensor.to("cpu", copy=self.half)
                 for name, tensor in tokenizer.encoder.state_dict().items()
             }
-            tokenizer.encoder.to(self.device, torch.bfloat16 if self.half else torch.float32)
+            needed = tokenizer.encoder if config.codes_column is None else tokenizer.encoder.quantizer
+            needed.to(self.device, torch.bfloat16 if self.half else torch.float32)
         if config.torch_compile:
             for module in trained.modules():
                 if isinstance(module, MiMoAudioTokenizerLayer):
@@ -246,13 +249,20 @@ class TrainingStep:
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
         """Packed samples and codes of a batch and, in stage 1, commitment loss and the sum of the text's losses."""
         count = self.tokenizer.check_num_quantizers(num_quantizers)
-        mels = self.extractor.packed_log_mel_spectrogram(batch.waveforms.split(batch.lengths))
         if self.config.stage == 1:
-            return self.generator(mels, batch, count, self.backend)
+            return self.generator(self._mels(batch), batch, count, self.backend)
         with torch.no_grad():
-            codes = self.tokenizer.encode(mels, num_quantizers=count, layout=batch.encoder_layout).audio_codes
+            if batch.codes is None:
+                encoded = self.tokenizer.encode(self._mels(batch), num_quantizers=count, layout=batch.encoder_layout)
+                codes = encoded.audio_codes
+            else:
+                codes = batch.codes[:, :count]
             features = self.tokenizer.encoder.quantizer.decode(codes, self.dtype).to(self.dtype)
         return self.generator(features, batch.decoder_layout, self.backend), codes, None, None
+
+    def _mels(self, batch: Batch) -> torch.Tensor:
+        """Packed log-mels (total_frames, n_mels)."""
+        return self.extractor.packed_log_mel_spectrogram(batch.waveforms.split(batch.lengths))
 
     def pairs(self, batch: Batch, samples: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """What was decoded, trimmed, and the recordings: padded, (clips, longest)."""

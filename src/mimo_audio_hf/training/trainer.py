@@ -33,6 +33,7 @@ from ..audio import save_audio
 from ..checkpoints import load_model
 from ..files import replacing
 from ..hub import TRAINING_NAME
+from ..inference import encode_waveforms
 from ..metrics import METRICS, Metric, require_metrics, require_package
 from ..version import __version__
 from . import checkpointing
@@ -163,6 +164,8 @@ class Trainer:
                 accepted = f"{shortest / rate:.3f} or more, which the losses need"
                 raise ValueError(f"{name}={getattr(config, name):g}; accepted: {accepted}")
 
+        self.collator = Collator(model_config, round(config.discriminator_seconds * rate))
+
         def inspect(dataset: datasets.Dataset, name: str, needs_text: bool) -> Clips:
             return Clips.inspect(
                 dataset,
@@ -170,6 +173,8 @@ class Trainer:
                 rate,
                 audio_column=config.audio_column,
                 text_column=config.text_column if needs_text else None,
+                codes_column=config.codes_column,
+                collator=self.collator,
                 key_column=config.key_column,
                 min_samples=round(config.min_seconds * rate),
                 num_workers=config.dataloader_num_workers,
@@ -198,7 +203,19 @@ class Trainer:
                     some = "; ".join(f"{key}: {problem}" for key, problem in list(clips.skipped.items())[:5])
                     total = len(clips) + len(clips.skipped)
                     logger.warning(f"{len(clips.skipped)} of {total} {name} clips are skipped ({some})")
-        self.collator = Collator(model_config, round(config.discriminator_seconds * rate))
+        if config.codes_column is not None:
+            self._require_own_codes(self.train_clips)
+
+    def _require_own_codes(self, clips: Clips) -> None:
+        """That codes are this model's: the first codebook's of a clip, most of them, whatever dtype made them."""
+        waveform, _, codes = clips.load(0)
+        (own,) = encode_waveforms(self.tokenizer, [waveform], 1)
+        agreement = (own[:, 0] == cast(torch.Tensor, codes)[:, 0]).float().mean().item()
+        if agreement < 0.5:
+            raise ValueError(
+                f"clip {clips.keys[0]}: {agreement:.0%} of its codes in {self.config.codes_column!r} are those of "
+                f"{self.config.model}; accepted: codes that this model made"
+            )
 
     def _reader(self, clips: Clips, *, training: bool) -> BatchReader:
         config = self.config
