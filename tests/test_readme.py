@@ -21,6 +21,7 @@ from mimo_audio_hf.training.config import TrainingConfig
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
+A_LITTLE_TRAINING = ["--max-steps", "1", "--discriminator-width", "0.1", "--mixed-precision", "no"]
 RECORDING = ROOT / "tests" / "fixtures" / "audio" / "prompt_speech_en_m.wav"
 
 
@@ -59,8 +60,8 @@ def test_command_line_examples(workplace, tiny_checkpoint, capsys):
         assert program == "mimo-audio"
         if command not in ("info", "init", "hub", "train"):  # for the released model, which is the others' default
             arguments += ["--model", str(tiny_checkpoint), "--device", "cpu"]
-        if command == "train":  # a little of it
-            arguments += ["--max-steps", "1", "--discriminator-width", "0.1", "--mixed-precision", "no"]
+        if command == "train":
+            arguments += A_LITTLE_TRAINING
         assert main([command, *arguments]) == 0, capsys.readouterr().err
     frames = soundfile.info("speech.wav").frames
     for name in ("decoded.wav", "eight.wav", "decoded/speech.flac"):
@@ -76,10 +77,17 @@ def test_command_line_examples(workplace, tiny_checkpoint, capsys):
     assert "1 steps of stage 2" in Path("voices-repository", "README.md").read_text()
 
 
-def test_training_options():
-    (options,) = blocks("yaml")
+def test_examples_of_training(workplace, tiny_checkpoint):
+    """But for launchers, which test_training runs."""
+    text = (ROOT / "docs" / "training.md").read_text().replace(RELEASED_MODEL, str(tiny_checkpoint))
+    (options,) = blocks("yaml", text)
     config = TrainingConfig.from_values(yaml.safe_load(options))
     assert config.stage == 1 and config.learning_rate == 2e-4 and config.metrics == ["stoi", "pesq_wb"]
+    (tokenizing,), (command,) = blocks("python", text), blocks("console", text)
+    exec(compile(tokenizing, "training.md", "exec"), {})
+    arguments = [*shlex.split(command)[1:], "--model", str(tiny_checkpoint), *A_LITTLE_TRAINING]
+    assert main(arguments) == 0
+    assert Path("voices-from-codes", "checkpoint-1", "model.safetensors").is_file()
 
 
 def test_examples_of_scale(workplace, tiny_checkpoint):
