@@ -12,10 +12,11 @@ import soundfile
 import torch
 from safetensors.torch import save_file
 
-from mimo_audio_hf import MiMoAudioTokenizerConfig, MiMoAudioTokenizerModel, cli, load_audio
+from mimo_audio_hf import MiMoAudioTokenizerConfig, MiMoAudioTokenizerModel, load_audio
 from mimo_audio_hf.checkpoints import PRESETS, init_checkpoint
 from mimo_audio_hf.cli import main
 from mimo_audio_hf.codes import AudioCodes
+from mimo_audio_hf.commands import files
 from mimo_audio_hf.inference import decode_codes, encode_waveforms
 
 
@@ -211,7 +212,7 @@ def test_a_gpu_that_is_too_small(run, audio, tmp_path, monkeypatch):
     def run_out_of_memory(*_, **__):
         raise torch.OutOfMemoryError("CUDA out of memory")
 
-    monkeypatch.setattr("mimo_audio_hf.cli.encode_waveforms", run_out_of_memory)
+    monkeypatch.setattr("mimo_audio_hf.commands.files.encode_waveforms", run_out_of_memory)
     status, out, err = run("encode", audio, "-o", tmp_path / "codes")
     assert (status, out, len(err)) == (1, [], 3)
     for line, name in zip(err, ("a.wav", "b.flac", "a.WAV"), strict=True):
@@ -225,7 +226,7 @@ def test_a_file_that_cannot_be_converted_is_named_and_the_others_are(run, audio,
             raise error
         return encode_waveforms(model, waveforms, *arguments, **options)
 
-    monkeypatch.setattr("mimo_audio_hf.cli.encode_waveforms", encode)
+    monkeypatch.setattr("mimo_audio_hf.commands.files.encode_waveforms", encode)
     status, out, err = run("encode", audio, "-o", tmp_path / "codes")
     assert (status, len(err)) == (1, 1)
     assert err[0].startswith(f"mimo-audio: error: {audio / 'b.flac'}: ")
@@ -262,12 +263,12 @@ def test_folders_that_are_named_like_audio_are_no_files(run, audio, tmp_path):
 def test_the_progress_bar_counts_all_files(run, audio, tmp_path, monkeypatch):
     bars = []
 
-    class Bar(cli.tqdm):
+    class Bar(files.tqdm):
         def __init__(self, *args, **kwargs):
             super().__init__(*args, **kwargs | {"disable": False, "file": io.StringIO()})
             bars.append(self)
 
-    monkeypatch.setattr(cli, "tqdm", Bar)
+    monkeypatch.setattr(files, "tqdm", Bar)
     (audio / "aa.wav").write_bytes(b"no audio")
     assert run("encode", audio, "-o", tmp_path / "codes")[0] == 1
     assert [(bar.n, bar.total) for bar in bars] == [(4, 4)]
@@ -282,7 +283,7 @@ def test_files_are_loaded_a_few_batches_at_a_time(run, tmp_path, write_audio, mo
         chunks.append(len(waveforms))
         return encode_waveforms(model, waveforms, *arguments, **options)
 
-    monkeypatch.setattr("mimo_audio_hf.cli.encode_waveforms", encode)
+    monkeypatch.setattr("mimo_audio_hf.commands.files.encode_waveforms", encode)
     assert run("encode", tmp_path / "audio", "-o", tmp_path / "codes", "--batch-seconds", "0.125")[0] == 0
     assert chunks == [5, 5, 2]  # four batches of 0.125 s hold five clips of 0.1 s
 

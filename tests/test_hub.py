@@ -7,9 +7,11 @@ from __future__ import annotations
 
 import argparse
 import ast
+import dataclasses
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -17,6 +19,7 @@ from pathlib import Path
 import pytest
 import torch
 from huggingface_hub import ModelCard
+from huggingface_hub.errors import HFValidationError
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoFeatureExtractor, AutoModel, AutoModelForAudioTokenization
 from transformers.dynamic_module_utils import get_imports
@@ -28,7 +31,9 @@ from mimo_audio_hf import (
     MiMoAudioTokenizerModel,
     save_audio,
 )
-from mimo_audio_hf.hub import add_hub_command, assemble_hub_repository, overlay_files
+from mimo_audio_hf.cli import main
+from mimo_audio_hf.commands.hub import add_hub
+from mimo_audio_hf.hub import assemble_hub_repository, overlay_files, push_to_hub
 
 
 HUB_CARD = Path(__file__).parent.parent / "hub_card"
@@ -291,7 +296,7 @@ def test_nothing_is_left_of_an_interrupted_copy(tiny_checkpoint, tmp_path, monke
 
 def test_command(tiny_checkpoint, tmp_path, capsys):
     parser = argparse.ArgumentParser()
-    add_hub_command(parser.add_subparsers())
+    add_hub(parser.add_subparsers())
     args = parser.parse_args(["hub", str(tiny_checkpoint), str(tmp_path / "repository")])
     args.run(args)
     printed = capsys.readouterr().out
@@ -320,6 +325,92 @@ def test_card_of_the_released_model():
     for part in ("measured none of them", "3.65 kbps; 1.55 kbps", "## Limitations", "## Licence", "2512.23808"):
         assert part in card.text
     assert "{%" not in card.content and "{{ " not in card.content
+
+
+def training_document(stage=2, **config):
+    """As a training run writes it."""
+    from mimo_audio_hf.training.config import TrainingConfig
+
+    options = TrainingConfig(output_dir="run", stage=stage, train_data="/home/me/voices", **config)
+    return {
+        "config": dataclasses.asdict(options),
+        "processes": 2,
+        "mixed_precision": "bf16",
+        "device": "a GPU",
+        "versions": {"torch": "2.11"},
+        "data": {
+            "train": {"clips": 123, "seconds": 7200.0, "skipped": {"bad.wav": "silent"}, "fingerprint": "f" * 64},
+            "validation": None,
+        },
+        "step": 777,
+        "metrics": {"stoi": 0.912345, "codebook_use/0": 0.5},
+    }
+
+
+def test_card_of_a_training_run(tiny_checkpoint, tmp_path):
+    checkpoint = tmp_path / "checkpoint-777"
+    shutil.copytree(tiny_checkpoint, checkpoint)
+    (checkpoint / "training.json").write_text(json.dumps(training_document()))
+    repository = assemble_hub_repository(checkpoint, tmp_path / "repository")
+    card = ModelCard.load(repository / "README.md")
+    assert card.data.base_model == "XiaomiMiMo/MiMo-Audio-Tokenizer"
+    for part in (
+        "777 steps of stage 2",
+        "codes are those of that model",
+        "| train | voices | 123 | 2.000 | 1 |",
+        "| `learning_rate` | 0.0001 |",
+        "| `feature_matching_weight` | 2.0 |",
+        "| stoi | 0.9123 |",
+        "| torch | 2.11 |",
+    ):
+        assert part in card.text
+    assert "Nothing is said here" not in card.text and "/home/me" not in card.content
+    assert "{%" not in card.content and "{{ " not in card.content
+    files = {path.name for path in repository.iterdir()}
+    assert files == {*MODEL_CODE, "README.md", "config.json", "preprocessor_config.json", "model.safetensors"}
+    with pytest.raises(ValueError, match="a training run made its weights"):
+        assemble_hub_repository(checkpoint, tmp_path / "other", released=True)
+
+    document = training_document(stage=1, model=str(tiny_checkpoint)) | {"metrics": {}}
+    (checkpoint / "training.json").write_text(json.dumps(document))
+    card = ModelCard.load(assemble_hub_repository(checkpoint, tmp_path / "stage1") / "README.md")
+    assert "base_model" not in card.data.to_dict() and str(tiny_checkpoint.parent) not in card.content
+    assert "its codes are its own" in card.text and "was not validated at this step" in card.text
+    assert "| `audio_to_text_weight` | 10.0 |" in card.text and "`adversarial_weight`" not in card.text
+    (checkpoint / "training.json").write_text('{"step": 1}')
+    with pytest.raises(ValueError, match="training.json: .*accepted: what a training run writes"):
+        assemble_hub_repository(checkpoint, tmp_path / "damaged")
+
+
+def test_push_to_hub(tiny_checkpoint, tmp_path, monkeypatch, capsys):
+    checkpoint = tmp_path / "checkpoint-777"
+    shutil.copytree(tiny_checkpoint, checkpoint)
+    (checkpoint / "training.json").write_text(json.dumps(training_document()))
+    uploaded = {}
+
+    class Api:
+        def __init__(self, token=None):
+            self.token = token
+
+        def create_repo(self, repo_id, private, exist_ok):
+            if "/" not in repo_id:
+                raise HFValidationError("no owner")
+            uploaded[repo_id] = {"private": private, "exist_ok": exist_ok}
+            return f"https://hub/{repo_id}"
+
+        def upload_folder(self, repo_id, folder_path, commit_message):
+            uploaded[repo_id]["files"] = {path.name: path.read_bytes() for path in Path(folder_path).iterdir()}
+
+    monkeypatch.setattr("mimo_audio_hf.hub.HfApi", Api)
+    assert main(["hub", str(checkpoint), str(tmp_path / "repository"), "--push", "me/mine", "--private"]) == 0
+    assert "https://hub/me/mine" in capsys.readouterr().out
+    assert uploaded["me/mine"]["private"] and uploaded["me/mine"]["exist_ok"]
+    files = uploaded["me/mine"]["files"]
+    assert files["model.safetensors"] == (tiny_checkpoint / "model.safetensors").read_bytes()  # upstream's keys
+    assert files.keys() >= {*MODEL_CODE, "config.json", "README.md"}
+    assert b"777 steps of stage 2" in files["README.md"]
+    with pytest.raises(ValueError, match="repo_id='mine': no owner"):
+        push_to_hub(checkpoint, "mine")
 
 
 def test_hub_card_is_what_is_assembled():

@@ -64,13 +64,50 @@ def test_rotary(heads, head_dim):
         assert error(actual, reference) < 2.5e-3
 
 
-def test_gradients_go_through_pytorchs_kernels():
-    model = load_golden("base").bfloat16().cuda().train()
-    model.encoder.quantizer.eval()  # codebooks are trained in float32 only
+@pytest.mark.parametrize(("heads", "head_dim", "window"), [(16, 16, (40, 10)), (20, 64, (128, 0)), (4, 32, (5, 3))])
+def test_gradients_of_banded_attention(heads, head_dim, window):
+    sequences = modeling.PackedSequences.from_lengths([1, 7, 130, 64, 65, 300, 2000], "cuda")
+    generator = torch.Generator("cuda").manual_seed(0)
+    *states, weights = (
+        torch.randn(sequences.total, heads, head_dim, device="cuda", dtype=torch.bfloat16, generator=generator)
+        for _ in range(4)
+    )
+    arguments = {"scaling": head_dim**-0.5, "sequences": sequences, "window": window}
+    ours = [tensor.clone().requires_grad_() for tensor in states]
+    kernels.triton_attention_forward(*ours, attention_mask=None, **arguments).backward(weights)
+    references = [tensor.double().requires_grad_() for tensor in states]
+    mask = modeling.padded_mask(sequences, window)
+    modeling.eager_attention_forward(*references, attention_mask=mask, **arguments).backward(weights.double())
+    for tensor, reference in zip(ours, references, strict=True):
+        # As above, but weights and scores are both rounded on the way.
+        assert error(tensor.grad, reference.grad) < 8e-3
+
+
+def test_gradients_of_rotary():
+    states = [torch.randn(777, 20, 64, device="cuda", dtype=torch.bfloat16) for _ in range(2)]
+    weights = [torch.randn_like(tensor) for tensor in states]
+    angles = torch.rand(777, 1, 32, device="cuda") * 6
+    cos, sin = angles.cos().bfloat16(), angles.sin().bfloat16()
+    ours = [tensor.clone().requires_grad_() for tensor in states]
+    torch.autograd.backward(kernels.triton_rotary(*ours, cos, sin), weights)
+    references = [tensor.double().requires_grad_() for tensor in states]
+    rotated = modeling.apply_rotary(*references, cos.double(), sin.double())
+    torch.autograd.backward(rotated, [tensor.double() for tensor in weights])
+    for tensor, reference in zip(ours, references, strict=True):
+        assert error(tensor.grad, reference.grad) < 2.5e-3
+
+
+def test_gradients_of_a_model():
+    """Those of our kernels and of PyTorch's, to bfloat16's rounding through all layers."""
+    gradients = []
     features, mask = pad_features([clip["mel"] for clip in expected_clips("base")[3:]])
-    assert model.attn_implementation == "triton_varlen"
-    model(features.cuda(), mask.cuda()).loss.backward()
-    assert all(parameter.grad is not None for parameter in model.parameters())
+    for name in ("triton_varlen", "torch_varlen"):
+        model = load_golden("base", attn_implementation=name).bfloat16().cuda().train()
+        model.encoder.quantizer.eval()  # codebooks are trained in float32 only
+        model(features.cuda(), mask.cuda()).loss.backward()
+        assert all(parameter.grad is not None for parameter in model.parameters())
+        gradients.append(torch.cat([parameter.grad.flatten().float() for parameter in model.parameters()]))
+    assert torch.cosine_similarity(*gradients, dim=0) > 0.98
 
 
 @torch.no_grad()

@@ -10,15 +10,18 @@ from pathlib import Path
 import pytest
 import soundfile
 import torch
+import yaml
 from datasets import Audio, load_dataset
 
 from mimo_audio_hf import load_audio
 from mimo_audio_hf.checkpoints import RELEASED_MODEL
 from mimo_audio_hf.cli import main
+from mimo_audio_hf.training.config import TrainingConfig
 
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
+A_LITTLE_TRAINING = ["--max-steps", "1", "--discriminator-width", "0.1", "--mixed-precision", "no"]
 RECORDING = ROOT / "tests" / "fixtures" / "audio" / "prompt_speech_en_m.wav"
 
 
@@ -55,8 +58,10 @@ def test_command_line_examples(workplace, tiny_checkpoint, capsys):
     for line in "".join(blocks("console")).splitlines():
         program, command, *arguments = shlex.split(line.replace(RELEASED_MODEL, str(tiny_checkpoint)))
         assert program == "mimo-audio"
-        if command not in ("info", "init", "hub"):  # for the released model, which is the others' default
+        if command not in ("info", "init", "hub", "train"):  # for the released model, which is the others' default
             arguments += ["--model", str(tiny_checkpoint), "--device", "cpu"]
+        if command == "train":
+            arguments += A_LITTLE_TRAINING
         assert main([command, *arguments]) == 0, capsys.readouterr().err
     frames = soundfile.info("speech.wav").frames
     for name in ("decoded.wav", "eight.wav", "decoded/speech.flac"):
@@ -69,6 +74,20 @@ def test_command_line_examples(workplace, tiny_checkpoint, capsys):
     }
     assert Path("evaluation", "evaluation.md").is_file()
     assert Path("my-repository", "modeling_mimo_audio_tokenizer.py").is_file()
+    assert "1 steps of stage 2" in Path("voices-repository", "README.md").read_text()
+
+
+def test_examples_of_training(workplace, tiny_checkpoint):
+    """But for launchers, which test_training runs."""
+    text = (ROOT / "docs" / "training.md").read_text().replace(RELEASED_MODEL, str(tiny_checkpoint))
+    (options,) = blocks("yaml", text)
+    config = TrainingConfig.from_values(yaml.safe_load(options))
+    assert config.stage == 1 and config.learning_rate == 2e-4 and config.metrics == ["stoi", "pesq_wb"]
+    (tokenizing,), (command,) = blocks("python", text), blocks("console", text)
+    exec(compile(tokenizing, "training.md", "exec"), {})
+    arguments = [*shlex.split(command)[1:], "--model", str(tiny_checkpoint), *A_LITTLE_TRAINING]
+    assert main(arguments) == 0
+    assert Path("voices-from-codes", "checkpoint-1", "model.safetensors").is_file()
 
 
 def test_examples_of_scale(workplace, tiny_checkpoint):

@@ -55,7 +55,6 @@ AUDIO_FORMATS = {  # extension: libsndfile's format and subtype
     ".ogg": ("OGG", "VORBIS"),
     ".mp3": ("MP3", "MPEG_LAYER_III"),
 }
-
 # Of the files that are looked for in folders.
 AUDIO_SUFFIXES = (*AUDIO_FORMATS, ".aif", ".aiff", ".au", ".caf", ".opus", ".w64")
 

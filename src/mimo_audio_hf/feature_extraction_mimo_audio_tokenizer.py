@@ -25,7 +25,7 @@ LOG_MEL_FLOOR = 1e-7
 
 
 @lru_cache(maxsize=8)
-def _mel_filters(
+def mel_filters(
     sampling_rate: int, nfft: int, n_mels: int, fmin: float, fmax: float, device: torch.device
 ) -> torch.Tensor:
     """HTK triangles without normalization, (n_mels, nfft // 2 + 1).
@@ -171,7 +171,7 @@ class MiMoAudioTokenizerFeatureExtractor(SequenceFeatureExtractor):
             return_complex=True,
         ).abs()
         fmax = self.sampling_rate / 2 if self.fmax is None else self.fmax
-        filters = _mel_filters(self.sampling_rate, self.nfft, self.feature_size, self.fmin, fmax, samples.device)
+        filters = mel_filters(self.sampling_rate, self.nfft, self.feature_size, self.fmin, fmax, samples.device)
         return (filters @ spectrogram).clamp(min=LOG_MEL_FLOOR).log()
 
     def __call__(

@@ -1,23 +1,26 @@
 # Copyright 2026 The mimo-audio-hf authors. Licensed under the Apache License, Version 2.0.
 """Hub repositories that load without this package: weights, model code, configuration and a model card.
 
-[`assemble_hub_repository`] makes one from a checkpoint. The folder `hub_card/` of this project's sources shows what it
-writes beside weights and code for the released model; tests/test_hub.py keeps the two alike and says how to renew it.
+[`assemble_hub_repository`] makes one from a checkpoint, [`push_to_hub`] uploads one. The folder `hub_card/` of this
+project's sources shows what is written beside weights and code for the released model; tests/test_hub.py keeps the two
+alike and says how to renew it.
 """
 
 from __future__ import annotations
 
-import argparse
 import inspect
 import json
 import os
+import re
 import shutil
 import tempfile
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub import ModelCard, ModelCardData
+from huggingface_hub import HfApi, ModelCard, ModelCardData
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError
+from jinja2 import UndefinedError
 from safetensors import SafetensorError
 from tqdm import tqdm
 from transformers.utils import CONFIG_NAME, FEATURE_EXTRACTOR_NAME, SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
@@ -28,6 +31,8 @@ from .modeling_mimo_audio_tokenizer import MiMoAudioTokenizerModel
 
 
 CARD_NAME = "README.md"
+# What a training run leaves beside the weights; see `training.Trainer`.
+TRAINING_NAME = "training.json"
 AUTO_CLASSES: dict[str, type] = {
     "AutoConfig": MiMoAudioTokenizerConfig,
     "AutoFeatureExtractor": MiMoAudioTokenizerFeatureExtractor,
@@ -46,10 +51,12 @@ def assemble_hub_repository(
 
     Args:
         checkpoint: Directory with a `config.json` and safetensors weights, in one file or sharded: upstream's own, or
-            one that this package saved. A checkpoint without any decoder tensor gives a model that only encodes.
+            one that this package saved. A checkpoint without any decoder tensor gives a model that only encodes. If a
+            training run wrote it, the model card tells of its data, recipe and metrics.
         output_dir: Where to write; a directory that is empty or does not exist.
         released: The weights are those that Xiaomi released, so the model card tells of them, with their published
-            figures. Nothing in a checkpoint says whose weights it holds: by default the card claims nothing of them.
+            figures. Nothing else in a checkpoint says whose weights it holds: by default the card claims nothing of
+            them.
 
     Returns:
         `output_dir`
@@ -71,7 +78,13 @@ def assemble_hub_repository(
         raise ValueError(f"{checkpoint}: {reason}; accepted: weights in {SAFE_WEIGHTS_NAME}") from error
     if not model.config.has_decoder:
         fields["has_decoder"] = False
-    overlay = overlay_files(fields, released=released)
+    training = _read_json(checkpoint / TRAINING_NAME) if (checkpoint / TRAINING_NAME).is_file() else None
+    if released and training is not None:
+        raise ValueError(f"released=True, but {checkpoint} has a {TRAINING_NAME}: a training run made its weights")
+    try:
+        overlay = overlay_files(fields, released=released, training=training)
+    except UndefinedError as error:
+        raise ValueError(f"{checkpoint / TRAINING_NAME}: {error}; accepted: what a training run writes") from error
 
     output_dir.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=".", dir=output_dir) as temporary:
@@ -86,12 +99,48 @@ def assemble_hub_repository(
     return output_dir
 
 
-def overlay_files(fields: dict[str, Any], *, released: bool = False) -> dict[str, bytes]:
+def push_to_hub(
+    checkpoint: str | os.PathLike[str],
+    repo_id: str,
+    *,
+    private: bool | None = None,
+    token: str | None = None,
+    released: bool = False,
+) -> str:
+    """Uploads a checkpoint as a repository that [`assemble_hub_repository`] makes, in one commit.
+
+    Args:
+        checkpoint, released: As in [`assemble_hub_repository`].
+        repo_id: `owner/name`; made if it does not exist.
+        private: Whether a repository that is made is private; by default as the owner's settings say.
+        token: Of the Hub; by default the one that `hf auth login` stored.
+
+    Returns:
+        The repository's address.
+
+    Raises:
+        ValueError: as [`assemble_hub_repository`]; or the Hub refuses the name or the upload.
+    """
+    api = HfApi(token=token)
+    with tempfile.TemporaryDirectory() as temporary:
+        repository = assemble_hub_repository(checkpoint, Path(temporary, "repository"), released=released)
+        try:
+            address = api.create_repo(repo_id, private=private, exist_ok=True)
+            api.upload_folder(repo_id=repo_id, folder_path=repository, commit_message="MiMo-Audio tokenizer")
+        except (HfHubHTTPError, HFValidationError) as error:
+            raise ValueError(f"repo_id={repo_id!r}: {' '.join(str(error).split())}") from error
+    return str(address)
+
+
+def overlay_files(
+    fields: dict[str, Any], *, released: bool = False, training: dict[str, Any] | None = None
+) -> dict[str, bytes]:
     """Contents of all files of a Hub repository but the weights: the model's code, its configurations and its card.
 
     Args:
         fields: A checkpoint's `config.json`.
         released: As in [`assemble_hub_repository`].
+        training: A checkpoint's `training.json`, if it has one.
 
     Raises:
         ValueError: as [`assemble_hub_repository`], about the configuration.
@@ -109,35 +158,11 @@ def overlay_files(fields: dict[str, Any], *, released: bool = False) -> dict[str
     extractor_fields = MiMoAudioTokenizerFeatureExtractor.from_config(config).to_dict()
     extractor_fields["auto_map"] = {"AutoFeatureExtractor": auto_map["AutoFeatureExtractor"]}
     return {
-        CARD_NAME: f"{_model_card(config, released)}\n".encode(),
+        CARD_NAME: f"{_model_card(config, released, training)}\n".encode(),
         CONFIG_NAME: _to_json(fields | model_fields),
         FEATURE_EXTRACTOR_NAME: _to_json(extractor_fields),
         **{source.name: source.read_bytes() for source in sources.values()},
     }
-
-
-def add_hub_command(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
-    """Adds `hub CHECKPOINT OUT`, which [`run_hub`] runs, to a command's subparsers."""
-    parser = subparsers.add_parser(
-        "hub",
-        help="make a checkpoint into a Hub repository that loads without this package",
-        description="Writes weights, model code, configuration and a model card to a directory that transformers "
-        "loads with trust_remote_code=True; `hf upload` publishes it.",
-    )
-    parser.add_argument("checkpoint", metavar="CHECKPOINT", help="directory with config.json and safetensors weights")
-    parser.add_argument("output_dir", metavar="OUT", help="directory to write, new or empty")
-    parser.add_argument(
-        "--released",
-        action="store_true",
-        help="these are the weights that Xiaomi released: write their model card, with the published figures",
-    )
-    parser.set_defaults(run=run_hub)
-
-
-def run_hub(args: argparse.Namespace) -> None:
-    """Runs `hub` and prints what it wrote."""
-    repository = assemble_hub_repository(args.checkpoint, args.output_dir, released=args.released)
-    print(f"{repository}: {', '.join(sorted(path.name for path in repository.iterdir()))}")
 
 
 def _read_json(path: Path) -> dict[str, Any]:
@@ -182,7 +207,7 @@ def _require_released(config: MiMoAudioTokenizerConfig) -> None:
             )
 
 
-def _model_card(config: MiMoAudioTokenizerConfig, released: bool) -> ModelCard:
+def _model_card(config: MiMoAudioTokenizerConfig, released: bool, training: dict[str, Any] | None) -> ModelCard:
     metadata: dict[str, Any] = {
         "library_name": "transformers",
         "pipeline_tag": "audio-to-audio" if config.has_decoder else "feature-extraction",
@@ -194,5 +219,20 @@ def _model_card(config: MiMoAudioTokenizerConfig, released: bool) -> ModelCard:
             "language": ["en", "zh"],
             "license": "mit",  # as Xiaomi labels the MiMo-Audio family
         }
+    started_from = str(training["config"]["model"]) if training and "config" in training else ""
+    if _is_hub_id(started_from):
+        metadata["base_model"] = started_from
     template = files(__package__).joinpath("model_card.md").read_text(encoding="utf-8")
-    return ModelCard.from_template(ModelCardData(**metadata), template_str=template, config=config, released=released)
+    return ModelCard.from_template(
+        ModelCardData(**metadata),
+        template_str=template,
+        config=config,
+        released=released,
+        training=training,
+        # Names, not where things lay on somebody's machine.
+        source_name=lambda source: source if _is_hub_id(source) else Path(source).name,
+    )
+
+
+def _is_hub_id(name: str) -> bool:
+    return re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", name) is not None and not Path(name).exists()

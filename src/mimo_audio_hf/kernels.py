@@ -1,4 +1,4 @@
-"""Triton kernels for inference on NVIDIA GPUs, behind `attn_implementation="triton_varlen"`.
+"""Triton kernels for NVIDIA GPUs, behind `attn_implementation="triton_varlen"`.
 
 Importing this module offers them to the model, which then prefers them to PyTorch's kernels in half precision; without
 Triton it does nothing. They save memory traffic and launches where PyTorch has no kernel of the right shape:
@@ -7,18 +7,19 @@ Triton it does nothing. They save memory traffic and launches where PyTorch has 
 - attention within a narrow window (the vocoder's 40 and 10 frames with heads of 16), where one block of keys holds all
   that a block of queries sees, so that softmax needs no second pass. FlashAttention takes about six times as long.
 
-Everything else about attention is PyTorch's FlashAttention. With gradients enabled, PyTorch's kernels run throughout.
+Both have gradients. Everything else about attention is PyTorch's FlashAttention.
 """
 
 from __future__ import annotations
 
 from functools import lru_cache
+from typing import Any
 
 import torch
 from transformers.utils import logging
 
 from . import modeling_mimo_audio_tokenizer as modeling
-from .modeling_mimo_audio_tokenizer import PackedSequences, Window, apply_rotary, torch_varlen_attention_forward
+from .modeling_mimo_audio_tokenizer import PackedSequences, Window, torch_varlen_attention_forward
 
 
 try:
@@ -58,12 +59,31 @@ if triton is not None:
         _rotate(key, key_out, first, first + half, c, s, inside)
 
     @triton.jit
+    def _load_rows(states, rows, total, head, channel, heads: tl.constexpr, head_dim: tl.constexpr):
+        offset = rows.to(tl.int64)[:, None] * (heads * head_dim) + head * head_dim + channel
+        return tl.load(states + offset, ((rows >= 0) & (rows < total))[:, None], other=0.0)
+
+    @triton.jit
+    def _store_rows(states, values, rows, total, head, channel, heads: tl.constexpr, head_dim: tl.constexpr):
+        offset = rows.to(tl.int64)[:, None] * (heads * head_dim) + head * head_dim + channel
+        tl.store(states + offset, values, (rows < total)[:, None])
+
+    @triton.jit
+    def _seen(sequence_ids, query_rows, key_rows, total, left, right):
+        """Which keys (columns) each query (row) sees."""
+        queries = tl.load(sequence_ids + query_rows, (query_rows >= 0) & (query_rows < total), other=-1)
+        keys = tl.load(sequence_ids + key_rows, (key_rows >= 0) & (key_rows < total), other=-2)
+        distance = key_rows[None, :] - query_rows[:, None]
+        return (distance >= -left) & (distance <= right) & (keys[None, :] == queries[:, None])
+
+    @triton.jit
     def _banded_attention_kernel(
         query,
         key,
         value,
         sequence_ids,
         output,
+        log_sums,
         total,
         scaling,
         left,
@@ -73,37 +93,102 @@ if triton is not None:
         QUERIES: tl.constexpr,
         KEYS: tl.constexpr,
     ):
-        start = tl.program_id(0) * QUERIES
-        head = tl.program_id(1) * head_dim
+        """A block of queries against all keys that it sees."""
+        head = tl.program_id(1)
         channel = tl.arange(0, head_dim)
-        query_row = start + tl.arange(0, QUERIES)
-        key_row = start - left + tl.arange(0, KEYS)
-        query_inside = query_row < total
-        key_inside = (key_row >= 0) & (key_row < total)
-        query_offset = query_row.to(tl.int64)[:, None] * (heads * head_dim) + head + channel
-        key_offset = key_row.to(tl.int64)[:, None] * (heads * head_dim) + head + channel
-        q = tl.load(query + query_offset, query_inside[:, None], other=0.0)
-        k = tl.load(key + key_offset, key_inside[:, None], other=0.0)
-        v = tl.load(value + key_offset, key_inside[:, None], other=0.0)
+        query_rows = tl.program_id(0) * QUERIES + tl.arange(0, QUERIES)
+        key_rows = tl.program_id(0) * QUERIES - left + tl.arange(0, KEYS)
+        q = _load_rows(query, query_rows, total, head, channel, heads, head_dim)
+        k = _load_rows(key, key_rows, total, head, channel, heads, head_dim)
+        v = _load_rows(value, key_rows, total, head, channel, heads, head_dim)
         # What other clips hold that is not finite is not taken away by a weight of zero.
         v = tl.where(tl.abs(v.to(tl.float32)) < float("inf"), v, 0.0)
-        query_clip = tl.load(sequence_ids + query_row, query_inside, other=-1)
-        key_clip = tl.load(sequence_ids + key_row, key_inside, other=-2)
-
-        distance = key_row[None, :] - query_row[:, None]
-        seen = (distance >= -left) & (distance <= right) & (key_clip[None, :] == query_clip[:, None])
+        seen = _seen(sequence_ids, query_rows, key_rows, total, left, right)
         scores = tl.where(seen, tl.dot(q, tl.trans(k)) * (scaling * 1.4426950408889634), -1e30)
-        weights = tl.exp2(scores - tl.max(scores, axis=1)[:, None])
-        attended = tl.dot(weights.to(v.dtype), v) / tl.sum(weights, axis=1)[:, None]
-        tl.store(output + query_offset, attended, query_inside[:, None])
+        largest = tl.max(scores, axis=1)
+        weights = tl.exp2(scores - largest[:, None])
+        sums = tl.sum(weights, axis=1)
+        attended = tl.dot(weights.to(v.dtype), v) / sums[:, None]
+        _store_rows(output, attended, query_rows, total, head, channel, heads, head_dim)
+        # In powers of two; the backward pass has the weights from them.
+        tl.store(log_sums + head * total + query_rows, largest + tl.log2(sums), query_rows < total)
+
+    @triton.jit
+    def _banded_attention_gradient_kernel(
+        query,
+        key,
+        value,
+        sequence_ids,
+        log_sums,
+        gradient,
+        products,
+        query_gradient,
+        key_gradient,
+        value_gradient,
+        total,
+        scaling,
+        left,
+        right,
+        heads: tl.constexpr,
+        head_dim: tl.constexpr,
+        ROWS: tl.constexpr,
+        OTHERS: tl.constexpr,
+    ):
+        """A block of rows as queries, against all keys that it sees, and then as keys, against all that see it."""
+        head = tl.program_id(1)
+        channel = tl.arange(0, head_dim)
+        rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+        scale = scaling * 1.4426950408889634
+
+        others = tl.program_id(0) * ROWS - left + tl.arange(0, OTHERS)
+        q = _load_rows(query, rows, total, head, channel, heads, head_dim)
+        k = _load_rows(key, others, total, head, channel, heads, head_dim)
+        v = _load_rows(value, others, total, head, channel, heads, head_dim)
+        g = _load_rows(gradient, rows, total, head, channel, heads, head_dim)
+        log_sum = tl.load(log_sums + head * total + rows, rows < total, other=0.0)
+        product = tl.load(products + head * total + rows, rows < total, other=0.0)
+        seen = _seen(sequence_ids, rows, others, total, left, right)
+        weights = tl.where(seen, tl.exp2(tl.dot(q, tl.trans(k)) * scale - log_sum[:, None]), 0.0)
+        scores = weights * (tl.dot(g, tl.trans(v)) - product[:, None])
+        _store_rows(
+            query_gradient, tl.dot(scores.to(k.dtype), k) * scaling, rows, total, head, channel, heads, head_dim
+        )
+
+        others = tl.program_id(0) * ROWS - right + tl.arange(0, OTHERS)
+        inside = (others >= 0) & (others < total)
+        k = _load_rows(key, rows, total, head, channel, heads, head_dim)
+        v = _load_rows(value, rows, total, head, channel, heads, head_dim)
+        q = _load_rows(query, others, total, head, channel, heads, head_dim)
+        g = _load_rows(gradient, others, total, head, channel, heads, head_dim)
+        log_sum = tl.load(log_sums + head * total + others, inside, other=0.0)
+        product = tl.load(products + head * total + others, inside, other=0.0)
+        seen = _seen(sequence_ids, rows, others, total, right, left)
+        weights = tl.where(seen, tl.exp2(tl.dot(k, tl.trans(q)) * scale - log_sum[None, :]), 0.0)
+        scores = weights * (tl.dot(v, tl.trans(g)) - product[None, :])
+        _store_rows(value_gradient, tl.dot(weights.to(g.dtype), g), rows, total, head, channel, heads, head_dim)
+        _store_rows(key_gradient, tl.dot(scores.to(q.dtype), q) * scaling, rows, total, head, channel, heads, head_dim)
 
 
-def triton_rotary(
+class _Rotary(torch.autograd.Function):
+    """What `_rotate_pairs` does; its gradient is turned back."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, query: torch.Tensor, key: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        ctx.save_for_backward(cos, sin)
+        return _rotate_pairs(query, key, cos, sin)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        cos, sin = ctx.saved_tensors
+        query_gradient, key_gradient = gradients
+        return *_rotate_pairs(query_gradient, key_gradient, cos, -sin), None, None
+
+
+def _rotate_pairs(
     query: torch.Tensor, key: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Half-split rotation of queries and keys (total_frames, heads, head_dim)."""
-    if torch.is_grad_enabled() and (query.requires_grad or key.requires_grad):
-        return apply_rotary(query, key, cos, sin)
     query, key = query.contiguous(), key.contiguous()
     outputs = torch.empty_like(query), torch.empty_like(key)
     pairs, block = query.numel() // 2, 1024
@@ -111,6 +196,104 @@ def triton_rotary(
         query, key, cos, sin, *outputs, pairs, heads=query.shape[1], half=query.shape[2] // 2, BLOCK=block
     )
     return outputs
+
+
+class _BandedAttention(torch.autograd.Function):
+    """Attention within a window so narrow that one tile holds all scores of a block of queries."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        sequence_ids: torch.Tensor,
+        scaling: float,
+        left: int,
+        right: int,
+    ) -> torch.Tensor:
+        output, log_sums = _attend(query, key, value, sequence_ids, scaling, left, right)
+        ctx.save_for_backward(query, key, value, sequence_ids, output, log_sums)
+        ctx.constants = scaling, left, right
+        return output
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        query, key, value, sequence_ids, output, log_sums = ctx.saved_tensors
+        scaling, left, right = ctx.constants
+        gradient = gradients[0].contiguous()
+        total, heads, head_dim = query.shape
+        products = (output.float() * gradient.float()).sum(-1).t().contiguous()
+        results = torch.empty_like(query), torch.empty_like(key), torch.empty_like(value)
+        _banded_attention_gradient_kernel[(triton.cdiv(total, QUERIES), heads)](
+            query,
+            key,
+            value,
+            sequence_ids,
+            log_sums,
+            gradient,
+            products,
+            *results,
+            total,
+            scaling,
+            left,
+            right,
+            heads=heads,
+            head_dim=head_dim,
+            ROWS=QUERIES,
+            OTHERS=_keys(left, right),
+        )
+        return *results, None, None, None, None
+
+
+def _keys(left: int, right: int) -> int:
+    """Keys that a block of queries sees, at most, as a power of two."""
+    return triton.next_power_of_2(QUERIES + left + right)
+
+
+def _attend(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    sequence_ids: torch.Tensor,
+    scaling: float,
+    left: int,
+    right: int,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Attention (total_frames, heads, head_dim), and of each head and query the logarithm of the weights' sum."""
+    total, heads, head_dim = query.shape
+    output = torch.empty_like(query)
+    log_sums = torch.empty(heads, total, dtype=torch.float32, device=query.device)
+    _banded_attention_kernel[(triton.cdiv(total, QUERIES), heads)](
+        query,
+        key,
+        value,
+        sequence_ids,
+        output,
+        log_sums,
+        total,
+        scaling,
+        left,
+        right,
+        heads=heads,
+        head_dim=head_dim,
+        QUERIES=QUERIES,
+        KEYS=_keys(left, right),
+    )
+    return output, log_sums
+
+
+def _needs_gradient(*tensors: torch.Tensor) -> bool:
+    return torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)
+
+
+def triton_rotary(
+    query: torch.Tensor, key: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Half-split rotation of queries and keys (total_frames, heads, head_dim)."""
+    if _needs_gradient(query, key):
+        return _Rotary.apply(query, key, cos, sin)
+    return _rotate_pairs(query, key, cos, sin)
 
 
 def triton_attention_forward(
@@ -123,29 +306,12 @@ def triton_attention_forward(
     window: Window,
 ) -> torch.Tensor:
     """Attention within a narrow window in one tile of scores; PyTorch's FlashAttention for every other."""
-    keys = triton.next_power_of_2(QUERIES + sum(window))
-    needs_gradient = torch.is_grad_enabled() and (query.requires_grad or key.requires_grad or value.requires_grad)
-    fits = min(window) >= 0 and keys <= MAX_KEYS and query.shape[2] in HEAD_DIMS
-    if needs_gradient or not fits:
+    if min(window) < 0 or _keys(*window) > MAX_KEYS or query.shape[2] not in HEAD_DIMS:
         return torch_varlen_attention_forward(query, key, value, attention_mask, scaling, sequences, window)
-    query, key, value = query.contiguous(), key.contiguous(), value.contiguous()
-    total, heads, head_dim = query.shape
-    output = torch.empty_like(query)
-    _banded_attention_kernel[(triton.cdiv(total, QUERIES), heads)](
-        query,
-        key,
-        value,
-        sequences.sequence_ids,
-        output,
-        total,
-        scaling,
-        *window,
-        heads=heads,
-        head_dim=head_dim,
-        QUERIES=QUERIES,
-        KEYS=keys,
-    )
-    return output
+    arguments = query.contiguous(), key.contiguous(), value.contiguous(), sequences.sequence_ids, scaling, *window
+    if _needs_gradient(query, key, value):
+        return _BandedAttention.apply(*arguments)
+    return _attend(*arguments)[0]
 
 
 @lru_cache

@@ -6,11 +6,12 @@ PESQ and STOI are those of the packages `pesq` and `pystoi`, in the extra `eval`
 
 from __future__ import annotations
 
+import functools
 import importlib
 import math
 import os
 import warnings
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from types import ModuleType
 
@@ -122,6 +123,31 @@ def mel_distance(reference: torch.Tensor, degraded: torch.Tensor, sampling_rate:
         for signal in _require_pair(reference, degraded)
     ]
     return (mels[0] - mels[1]).abs().mean().item()
+
+
+# By name, what compares a recording and what became of it: (reference, degraded, sampling_rate), as `pesq` takes them.
+Metric = Callable[[torch.Tensor, torch.Tensor, int], float]
+METRICS: dict[str, Metric] = {
+    "pesq_nb": functools.partial(pesq, mode="nb"),
+    "pesq_wb": functools.partial(pesq, mode="wb"),
+    "stoi": stoi,
+    "mel_distance": mel_distance,
+}
+_PACKAGES = {"pesq_nb": "pesq", "pesq_wb": "pesq", "stoi": "pystoi"}
+
+
+def require_metrics(names: Iterable[str]) -> None:
+    """Check that metrics exist and that what computes them is installed.
+
+    Raises:
+        ValueError: there is no such metric.
+        ModuleNotFoundError: a package is not installed; the message names the extra.
+    """
+    for name in names:
+        if name not in METRICS:
+            raise ValueError(f"metric {name!r}; accepted: {', '.join(METRICS)}")
+        if name in _PACKAGES:
+            require_package(_PACKAGES[name])
 
 
 class CodebookCounter:
@@ -246,8 +272,8 @@ class SpeakerVerifier:
         return embedding
 
 
-def require_package(name: str) -> ModuleType:
-    """A package of the extra `eval`.
+def require_package(name: str, extra: str = "eval") -> ModuleType:
+    """A package of an extra.
 
     Raises:
         ModuleNotFoundError: it is not installed.
@@ -256,7 +282,7 @@ def require_package(name: str) -> ModuleType:
         return importlib.import_module(name)
     except ModuleNotFoundError as error:
         raise ModuleNotFoundError(
-            f"the package {name} is not installed; accepted: pip install 'mimo-audio-hf[eval]'", name=name
+            f"the package {name} is not installed; accepted: pip install 'mimo-audio-hf[{extra}]'", name=name
         ) from error
 
 

@@ -577,10 +577,15 @@ class MiMoAudioTokenizerCodebook(nn.Module):
     def __init__(self, codebook_size: int, dim: int, threshold_ema_dead_code: float) -> None:
         super().__init__()
         self.threshold_ema_dead_code = threshold_ema_dead_code
+        self._is_initialized = False  # what `inited` says, once it was asked: to ask is to wait for the GPU
         self.register_buffer("inited", torch.zeros(1))
         self.register_buffer("cluster_size", torch.zeros(codebook_size))
         self.register_buffer("embed", torch.empty(codebook_size, dim))
         self.register_buffer("embed_avg", torch.empty(codebook_size, dim))
+
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        self._is_initialized = False
+        super()._load_from_state_dict(*args, **kwargs)
 
     def entries(self, dtype: torch.dtype) -> torch.Tensor:
         """The entries in float32, rounded to the model's dtype first: a bfloat16 model has bfloat16 codebooks."""
@@ -594,6 +599,9 @@ class MiMoAudioTokenizerCodebook(nn.Module):
     @torch.no_grad()
     def initialize(self, x: torch.Tensor) -> None:
         """K-means over the first training batch of all processes, unless the entries are set already."""
+        if self._is_initialized:
+            return
+        self._is_initialized = True
         if self.inited.item():
             return
         size = self.embed.shape[0]
@@ -631,7 +639,8 @@ class MiMoAudioTokenizerCodebook(nn.Module):
     def _count(self, x: torch.Tensor, codes: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """How many vectors chose each entry, and their sum, over all processes."""
         size = self.embed.shape[0]
-        counts = torch.bincount(codes, minlength=size).to(x.dtype)
+        # Not by bincount, for which the GPU is waited for.
+        counts = x.new_zeros(size).index_add_(0, codes, x.new_ones(len(codes)))
         sums = x.new_zeros(size, x.shape[1]).index_add_(0, codes, x)
         if dist.is_available() and dist.is_initialized():
             dist.all_reduce(counts)
