@@ -27,6 +27,7 @@ from transformers.utils import CONFIG_NAME, FEATURE_EXTRACTOR_NAME, SAFE_WEIGHTS
 
 from .configuration_mimo_audio_tokenizer import MiMoAudioTokenizerConfig
 from .feature_extraction_mimo_audio_tokenizer import MiMoAudioTokenizerFeatureExtractor
+from .files import read_json
 from .modeling_mimo_audio_tokenizer import MiMoAudioTokenizerModel
 
 
@@ -69,7 +70,7 @@ def assemble_hub_repository(
     checkpoint, output_dir = Path(checkpoint), Path(output_dir)
     if output_dir.exists() and (not output_dir.is_dir() or any(output_dir.iterdir())):
         raise ValueError(f"{output_dir} exists; accepted: an empty directory or a new one")
-    fields = _read_json(checkpoint / CONFIG_NAME)
+    fields = read_json(checkpoint / CONFIG_NAME)
     try:
         # On the meta device, loading is only the check of every tensor's name and shape.
         model = MiMoAudioTokenizerModel.from_pretrained(checkpoint, device_map="meta")
@@ -78,7 +79,7 @@ def assemble_hub_repository(
         raise ValueError(f"{checkpoint}: {reason}; accepted: weights in {SAFE_WEIGHTS_NAME}") from error
     if not model.config.has_decoder:
         fields["has_decoder"] = False
-    training = _read_json(checkpoint / TRAINING_NAME) if (checkpoint / TRAINING_NAME).is_file() else None
+    training = read_json(checkpoint / TRAINING_NAME) if (checkpoint / TRAINING_NAME).is_file() else None
     if released and training is not None:
         raise ValueError(f"released=True, but {checkpoint} has a {TRAINING_NAME}: a training run made its weights")
     try:
@@ -165,16 +166,6 @@ def overlay_files(
     }
 
 
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise ValueError(f"{path} cannot be read: {error}; accepted: a JSON object") from error
-    if not isinstance(content, dict):
-        raise ValueError(f"{path} holds a {type(content).__name__}; accepted: a JSON object")
-    return content
-
-
 def _to_json(fields: dict[str, Any]) -> bytes:
     return (json.dumps(fields, indent=2) + "\n").encode()
 
@@ -184,7 +175,7 @@ def _weight_files(checkpoint: Path) -> list[Path]:
     if (checkpoint / SAFE_WEIGHTS_NAME).is_file():
         return [checkpoint / SAFE_WEIGHTS_NAME]
     index = checkpoint / SAFE_WEIGHTS_INDEX_NAME
-    return [index, *(checkpoint / name for name in sorted(set(_read_json(index)["weight_map"].values())))]
+    return [index, *(checkpoint / name for name in sorted(set(read_json(index)["weight_map"].values())))]
 
 
 def _copy(source: Path, target: Path) -> None:

@@ -156,18 +156,3 @@ def load_tensors(checkpoint: Path, name: str) -> dict[str, torch.Tensor]:
 def write_json(file: Path, content: dict[str, Any]) -> None:
     file.parent.mkdir(parents=True, exist_ok=True)
     file.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-
-
-def read_json(file: Path) -> dict[str, Any]:
-    """What `write_json` wrote.
-
-    Raises:
-        ValueError: the file is missing or no JSON object.
-    """
-    try:
-        content = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise ValueError(f"{file} cannot be read: {error}; accepted: a checkpoint of a training run") from error
-    if not isinstance(content, dict):
-        raise ValueError(f"{file} holds a {type(content).__name__}; accepted: a JSON object")
-    return content

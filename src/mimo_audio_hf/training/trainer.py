@@ -31,7 +31,7 @@ from tqdm import tqdm
 
 from ..audio import save_audio
 from ..checkpoints import load_model
-from ..files import replacing
+from ..files import read_json, replacing
 from ..hub import TRAINING_NAME
 from ..inference import encode_waveforms
 from ..metrics import METRICS, Metric, require_metrics, require_package
@@ -451,7 +451,7 @@ class Trainer:
 
     def _require_same_run(self, checkpoint: Path) -> None:
         """Before anything is loaded: what a checkpoint says of its run is what this one says."""
-        found = checkpointing.read_json(checkpoint / TRAINING_NAME)
+        found = read_json(checkpoint / TRAINING_NAME)
         ours = json.loads(json.dumps(dataclasses.asdict(self.config)))
         wanted = {name: (value, found["config"].get(name)) for name, value in ours.items()}
         wanted |= {name: (value, found[name]) for name, value in self._launched().items()}
@@ -460,15 +460,15 @@ class Trainer:
                 raise ValueError(f"{name}={value!r}; accepted with resume=True: {had!r}, as {checkpoint} has it")
 
     def _resume(self, checkpoint: Path) -> None:
-        found = checkpointing.read_json(checkpoint / TRAINING_NAME)
+        found = read_json(checkpoint / TRAINING_NAME)
         if found["data"]["train"]["fingerprint"] != self.train_clips.fingerprint:
             raise ValueError(f"the training data are not those of {checkpoint}; accepted with resume=True: the same")
-        state = checkpointing.read_json(checkpoint / checkpointing.STATE_NAME)
+        state = read_json(checkpoint / checkpointing.STATE_NAME)
         self.trained.load_state(lambda name: checkpointing.load_tensors(checkpoint, name), state)
         self.step = state["step"]
         best = self.directory / checkpointing.BEST / TRAINING_NAME
         if self.validation_clips is not None and best.is_file():
-            found = checkpointing.read_json(best)
+            found = read_json(best)
             # Other clips or another metric: no comparison.
             if (found["data"]["validation"] or {}).get("fingerprint") == self.validation_clips.fingerprint:
                 self.best = found["metrics"].get(self.config.metric_for_best_model)
