@@ -20,6 +20,7 @@ from torch.utils._pytree import tree_leaves
 
 from mimo_audio_hf import audio
 from mimo_audio_hf.audio import load_audio, resample, save_audio
+from mimo_audio_hf.dataset import to_waveform
 
 
 FIXTURES = Path(__file__).parent / "fixtures" / "audio"
@@ -230,6 +231,15 @@ def test_not_finite(tmp_path, value):
     path = write(tmp_path / "culprit.wav", encode(data, format="WAV", subtype="FLOAT"))
     with pytest.raises(ValueError, match="culprit.wav: NaN or infinite samples; accepted"):
         load_audio(path)
+
+
+@pytest.mark.parametrize("rate", [1, 999, 1_000_001, 16_000_000])
+def test_rates_of_damaged_headers_are_refused(tmp_path, rate):
+    sf.write(tmp_path / "a.wav", np.zeros(100), rate)
+    with pytest.raises(ValueError, match=rf"a\.wav: a sampling rate of {rate} Hz; accepted: 1000 to 1000000 Hz"):
+        load_audio(tmp_path / "a.wav")
+    with pytest.raises(ValueError, match=f"array: a sampling rate of {rate} Hz"):
+        to_waveform({"array": np.zeros(100, np.float32), "sampling_rate": rate}, 24000)
 
 
 @pytest.mark.parametrize("rate", [0, -24000])

@@ -47,6 +47,7 @@ _RESAMPLE_ELEMENTS = 2**18  # samples gathered at a time, few enough to stay in 
 _UNKNOWN_FRAMES = 2**63 - 1  # libsndfile's SF_COUNT_MAX: the file does not say how long it is
 _SYSTEM_ERROR = 2  # libsndfile's SF_ERR_SYSTEM: a full disk, for one
 
+_PLAUSIBLE_RATES = (1_000, 1_000_000)  # Hz
 _ACCEPTED = "accepted: a WAV, FLAC, OGG or MP3 file, or another that libsndfile reads"
 
 AUDIO_FORMATS = {  # extension: libsndfile's format and subtype
@@ -76,7 +77,7 @@ def load_audio(source: AudioSource, sampling_rate: int = 24000) -> torch.Tensor:
         FileNotFoundError: there is no file at that path.
         ValueError: the audio cannot be decoded, has no samples, holds NaN or infinity, or is incomplete. The last
             cannot be told of an MP3 without a Xing header, nor of AU, CAF and W64: these give what there is. Also for
-            a ``sampling_rate`` that is no positive integer.
+            rates under 1 kHz or over 1 MHz, and for a ``sampling_rate`` that is no positive integer.
         TypeError: ``source`` is none of the above.
     """
     if not isinstance(sampling_rate, numbers.Integral) or sampling_rate <= 0:
@@ -112,7 +113,19 @@ def load_audio(source: AudioSource, sampling_rate: int = 24000) -> torch.Tensor:
         raise ValueError(f"{name}: no samples; accepted: audio of at least one sample")
     if not samples.isfinite().all():
         raise ValueError(f"{name}: NaN or infinite samples; accepted: finite samples")
+    require_plausible_rate(name, rate)
     return resample(samples, rate, sampling_rate)
+
+
+def require_plausible_rate(name: str, rate: int) -> None:
+    """Refuse rates that only damaged headers have: a file of 1 Hz would become 24,000 times as long.
+
+    Raises:
+        ValueError: the rate is one of these; the message begins with `name`.
+    """
+    low, high = _PLAUSIBLE_RATES
+    if not low <= rate <= high:
+        raise ValueError(f"{name}: a sampling rate of {rate} Hz; accepted: {low} to {high} Hz")
 
 
 def as_tensor(name: str, value: Any) -> torch.Tensor:

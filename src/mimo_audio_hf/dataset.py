@@ -21,7 +21,7 @@ import pyarrow as pa
 import torch
 from datasets import Features, List, Value
 
-from .audio import as_tensor, load_audio, resample
+from .audio import as_tensor, load_audio, require_plausible_rate, resample
 from .checkpoints import RELEASED_MODEL, load_model
 from .codes import code_dtype
 from .configuration_mimo_audio_tokenizer import MiMoAudioTokenizerConfig
@@ -262,6 +262,7 @@ def _decoded_waveform(array: Any, array_rate: int, sampling_rate: int) -> torch.
         samples = samples.mean(0)
     if not samples.isfinite().all():
         raise ValueError("array holds NaN or infinite samples; accepted: finite samples")
+    require_plausible_rate("array", array_rate)
     return resample(samples, array_rate, sampling_rate)
 
 
