@@ -504,7 +504,16 @@ def test_a_truncated_shard_is_set_aside_and_done_again(tokenize, folder, expecte
     check(tmp_path / "out", expected)
 
 
-@pytest.mark.parametrize("text", ["", '{"format": "mimo', "[]", '{"format": "mimo_audio_dataset"}'])
+@pytest.mark.parametrize(
+    "text",
+    [
+        "",
+        '{"format": "mimo',
+        "[]",
+        '{"format": "mimo_audio_dataset"}',
+        '{"format": "mimo_audio_dataset", "settings": []}',
+    ],
+)
 def test_a_damaged_manifest_is_made_anew(tokenize, folder, expected, tmp_path, text):
     tokenize(folder)
     manifest = tmp_path / "out" / "manifest.json"

@@ -416,6 +416,12 @@ def test_crops_of_codes(stage1, waveform, tmp_path):
     assert len(starts) > 2
 
 
+def test_crops_shorter_than_the_losses_need_are_refused(stage1, clips, tmp_path):
+    short = {"codes_column": "audio_codes", "crop_seconds": 0.09, "min_seconds": 0.09, "discriminator_seconds": 0.086}
+    with pytest.raises(ValueError, match="crop_seconds=0.09; accepted: 0.085 or more"):
+        Trainer(TrainingConfig(**options(stage1 / "checkpoint-200", tmp_path, **short)), clips)
+
+
 def test_codes_of_others_are_refused(stage1, fresh, clips, tmp_path, caplog):
     start = stage1 / "checkpoint-200"
     tokenized = clips.map(tokenize_audio, batched=True, fn_kwargs={"model": str(start), "device": "cpu"})

@@ -33,7 +33,7 @@ logger = logging.get_logger(__name__)
 # Queries a program, and the most keys: one tile of scores has to fit into the registers.
 QUERIES = 64
 MAX_KEYS = 256
-HEAD_DIMS = (16, 32, 64, 128)
+HEAD_DIMS = (16, 32, 64)  # at 128 the gradients do not fit into most GPUs' shared memory
 
 if triton is not None:
 

@@ -232,6 +232,8 @@ class ShardDirectory:
         try:
             document = json.loads(self.manifest.read_text(encoding="utf-8"))
             settings = document["settings"] if document["format"] == FORMAT else None
+            if not isinstance(settings, dict | None):
+                raise TypeError("settings are no object")
         except (ValueError, KeyError, TypeError) as error:
             self._set_aside(self.manifest, f"{type(error).__name__}: {error}: it is made anew from the shards")
             return

@@ -160,7 +160,10 @@ class Trainer:
             names.append("discriminator_seconds")
             shortest = max(shortest, AudioDiscriminator(config.discriminator_width).min_samples)
         for name in names:
-            if round(getattr(config, name) * rate) < shortest:
+            samples = round(getattr(config, name) * rate)
+            if name == "crop_seconds" and config.codes_column is not None:
+                samples -= samples % model_config.samples_per_frame  # crops are cut to whole codes
+            if samples < shortest:
                 accepted = f"{shortest / rate:.3f} or more, which the losses need"
                 raise ValueError(f"{name}={getattr(config, name):g}; accepted: {accepted}")
 
