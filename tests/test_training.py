@@ -296,7 +296,7 @@ def test_the_losses_weigh_as_the_report_says(stage1, clips, tmp_path, monkeypatc
             reconstruction = reconstruction + (mels[0] - mels[1]).abs().mean() * count / sum(frames[hop])
     # In evaluation mode the power iteration stands still where the step left it.
     discriminator.eval()
-    on_real, on_fake = discriminator(torch.stack(real)), discriminator(torch.stack(segments))
+    on_real, on_fake = discriminator(torch.stack(real), torch.stack(segments))
     adversarial = torch.stack([torch.relu(1 - layers[-1]).mean() for layers in on_fake]).mean()
     matching = torch.stack(
         [
@@ -308,7 +308,7 @@ def test_the_losses_weigh_as_the_report_says(stage1, clips, tmp_path, monkeypatc
     for name, parameter in decoder.named_parameters():
         torch.testing.assert_close(actual[name], parameter.grad, rtol=2e-3, atol=2e-6, msg=name)
     discriminator.zero_grad()
-    on_real, on_fake = discriminator(torch.stack(real)), discriminator(torch.stack(segments).detach())
+    on_real, on_fake = discriminator(torch.stack(real), torch.stack(segments).detach())
     hinges = [
         (torch.relu(1 - r[-1]).mean() + torch.relu(1 + f[-1]).mean()) for r, f in zip(on_real, on_fake, strict=True)
     ]

@@ -175,7 +175,10 @@ def _dataclass_to(instance: Any, device: torch.device | str, non_blocking: bool)
 
 def _gather_rows(rows: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
     """`rows[index]`, where an index one past the last row gives zeros."""
-    return torch.cat([rows, rows.new_zeros(1, *rows.shape[1:])])[index]
+    table = torch.cat([rows, rows.new_zeros(1, *rows.shape[1:])]).view(len(rows) + 1, -1)
+    # Unlike indexing, an embedding need not add up gradients of all the padding.
+    gathered = F.embedding(index, table, padding_idx=len(rows))
+    return gathered.view(*index.shape, *rows.shape[1:])
 
 
 class PackedConv1d(nn.Conv1d):

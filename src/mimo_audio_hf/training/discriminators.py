@@ -13,41 +13,81 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 from torch.nn.utils.parametrizations import spectral_norm
+from torch.nn.utils.parametrize import cached
 
 from .losses import Features
 
 
 class SpectralNormConv2d(nn.Conv2d):
-    """2D convolution whose weight, as a matrix of (outputs, the rest), is divided by its largest singular value."""
+    """2D convolution (segments, height, width, channels) whose weight, as a matrix of (outputs, the rest), is divided
+    by its largest singular value. It keeps the height, and divides the width by the stride.
+
+    GPUs are slow at strided convolutions, most of all at their gradients, and at those of few channels. So groups of
+    `stride * block` neighbours along the width count as channels, and `block` outputs come from each, by a
+    convolution without stride whose weight has the taps at their places and zeros elsewhere.
+
+    Args:
+        stride: along the width.
+        dilation: along the height.
+        block: how many outputs are computed together.
+    """
+
+    placement: torch.Tensor
 
     def __init__(
         self,
         in_channels: int,
         out_channels: int,
         kernel_size: tuple[int, int],
-        stride: tuple[int, int] = (1, 1),
-        dilation: tuple[int, int] = (1, 1),
+        stride: int = 1,
+        dilation: int = 1,
+        block: int = 1,
     ) -> None:
-        padding = [step * (size - 1) // 2 for size, step in zip(kernel_size, dilation, strict=True)]
-        super().__init__(in_channels, out_channels, kernel_size, stride, (padding[0], padding[1]), dilation)
+        rows, taps = kernel_size
+        padding = (dilation * (rows - 1) // 2, (taps - 1) // 2)
+        super().__init__(in_channels, out_channels, kernel_size, (1, stride), padding, (dilation, 1))
         spectral_norm(self)
+        self.block, self.group = block, stride * block
+        self.before = -(-padding[1] // self.group)  # groups
+        after = (stride * (block - 1) + taps - 1 - padding[1]) // self.group
+        # (groups, group, block, taps): 1 where a tap of an output lies
+        slots = torch.arange(-self.before * self.group, (after + 1) * self.group).unflatten(0, (-1, self.group))
+        places = torch.arange(block)[:, None] * stride + torch.arange(taps) - padding[1]
+        placement = (slots[..., None, None] == places).float()
+        self.register_buffer("placement", placement, persistent=False)
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
         # The power iteration needs float32; only the convolution runs in what autocast asks for.
         with torch.autocast(hidden_states.device.type, enabled=False):
             weight = self.weight
-        return self._conv_forward(hidden_states, weight, self.bias)
+            if self.group > 1:
+                weight = torch.einsum("oihk,gqjk->joqihg", weight, self.placement).flatten(2, 3).flatten(0, 1)
+        width = hidden_states.shape[2]
+        if width % self.group:
+            hidden_states = F.pad(hidden_states, (0, 0, 0, -width % self.group))
+        hidden_states = hidden_states.unflatten(2, (-1, self.group)).flatten(3)
+        outputs = F.conv2d(
+            hidden_states.permute(0, 3, 1, 2),  # channels last, as tensor cores want it
+            weight.contiguous(memory_format=torch.channels_last),
+            self.bias.repeat(self.block),
+            padding=(self.padding[0], self.before),
+            dilation=self.dilation,
+        )
+        outputs = outputs.permute(0, 2, 3, 1).unflatten(3, (self.block, -1)).flatten(2, 3)
+        return outputs[:, :, : -(-width // self.stride[1])]
 
 
 def _run_convs(convs: nn.ModuleList, hidden_states: torch.Tensor) -> list[torch.Tensor]:
     """The outputs of the layers, with a leaky ReLU after all but the last."""
     outputs = []
-    # As tensor cores want it: cuDNN would transpose before and after each layer.
-    hidden_states = hidden_states.contiguous(memory_format=torch.channels_last)
     for conv in convs[:-1]:
         hidden_states = F.leaky_relu(conv(hidden_states), 0.1)
         outputs.append(hidden_states)
     return [*outputs, convs[-1](hidden_states)]
+
+
+# Outputs computed together where one side of a convolution has a channel or two.
+FEW_CHANNELS_BLOCK = 8
 
 
 class PeriodDiscriminator(nn.Module):
@@ -59,15 +99,18 @@ class PeriodDiscriminator(nn.Module):
         sizes = [1, *channels]
         last = len(channels) - 1
         self.convs = nn.ModuleList(
-            SpectralNormConv2d(sizes[i], sizes[i + 1], (5, 1), stride=(3 if i < last else 1, 1))
+            SpectralNormConv2d(
+                sizes[i], sizes[i + 1], (1, 5), stride=3 if i < last else 1, block=1 if i else FEW_CHANNELS_BLOCK
+            )
             for i in range(len(channels))
         )
-        self.convs.append(SpectralNormConv2d(sizes[-1], 1, (3, 1)))
+        self.convs.append(SpectralNormConv2d(sizes[-1], 1, (1, 3), block=FEW_CHANNELS_BLOCK))
 
     def forward(self, waveforms: torch.Tensor) -> list[torch.Tensor]:
-        """Segments (segments, samples) to the layers' outputs; samples past the last whole period are left out."""
+        """Segments (segments, samples) to the layers' outputs (segments, period, times, channels); samples past the
+        last whole period are left out."""
         whole = waveforms.shape[1] // self.period * self.period
-        return _run_convs(self.convs, waveforms[:, :whole].unflatten(1, (-1, self.period))[:, None])
+        return _run_convs(self.convs, waveforms[:, :whole].unflatten(1, (-1, self.period)).transpose(1, 2)[..., None])
 
 
 class STFTDiscriminator(nn.Module):
@@ -76,21 +119,21 @@ class STFTDiscriminator(nn.Module):
     def __init__(self, n_fft: int, channels: int) -> None:
         super().__init__()
         self.n_fft = n_fft
-        self.convs = nn.ModuleList([SpectralNormConv2d(2, channels, (3, 9))])
+        self.convs = nn.ModuleList([SpectralNormConv2d(2, channels, (3, 9), block=4)])
         self.convs.extend(
-            SpectralNormConv2d(channels, channels, (3, 9), stride=(1, 2), dilation=(dilation, 1))
-            for dilation in (1, 2, 4)
+            SpectralNormConv2d(channels, channels, (3, 9), stride=2, dilation=dilation) for dilation in (1, 2, 4)
         )
         self.convs.append(SpectralNormConv2d(channels, channels, (3, 3)))
-        self.convs.append(SpectralNormConv2d(channels, 1, (3, 3)))
+        self.convs.append(SpectralNormConv2d(channels, 1, (3, 3), block=4))
 
     def forward(self, waveforms: torch.Tensor) -> list[torch.Tensor]:
-        """Segments (segments, samples) to the layers' outputs; no frame reaches beyond its segment."""
+        """Segments (segments, samples) to the layers' outputs (segments, frames, bins, channels); no frame reaches
+        beyond its segment."""
         waveforms = waveforms.float()
         window = torch.hann_window(self.n_fft, dtype=torch.float32, device=waveforms.device)
         window = window / window.square().sum().sqrt()
         spectrum = torch.stft(waveforms, self.n_fft, self.n_fft // 4, window=window, center=False, return_complex=True)
-        return _run_convs(self.convs, torch.view_as_real(spectrum).permute(0, 3, 2, 1))
+        return _run_convs(self.convs, torch.view_as_real(spectrum).transpose(1, 2))
 
 
 class MultiPeriodDiscriminator(nn.Module):
@@ -141,11 +184,14 @@ class AudioDiscriminator(nn.Module):
         """The shortest segment that every sub-discriminator can look at."""
         return max(self.stft.n_ffts)
 
-    def forward(self, waveforms: torch.Tensor) -> Features:
-        """Segments (segments, samples) of at least `min_samples` to the layers' outputs of each sub-discriminator."""
-        if waveforms.ndim != 2 or waveforms.shape[1] < self.min_samples:
-            raise ValueError(
-                f"waveforms have shape {tuple(waveforms.shape)}; accepted: (segments, {self.min_samples} samples or "
-                "more)"
-            )
-        return [*self.periods(waveforms), *self.stft(waveforms)]
+    def forward(self, *waveforms: torch.Tensor) -> list[Features]:
+        """Of each batch of segments (segments, samples) of at least `min_samples`, the layers' outputs of each
+        sub-discriminator. Batches that are given together share a power iteration, and have graphs of their own."""
+        for batch in waveforms:
+            if batch.ndim != 2 or batch.shape[1] < self.min_samples:
+                raise ValueError(
+                    f"waveforms have shape {tuple(batch.shape)}; accepted: (segments, {self.min_samples} samples or "
+                    "more)"
+                )
+        with cached():
+            return [[*self.periods(batch), *self.stft(batch)] for batch in waveforms]

@@ -49,10 +49,37 @@ class BFloat16Compute(nn.Module):
     def __init__(self, module: nn.Module) -> None:
         super().__init__()
         self.module = module
+        # A layer's parameters are rounded together: their gradients are then there while DDP still waits for others.
+        layers = [name for name, part in module.named_modules() if isinstance(part, MiMoAudioTokenizerLayer)]
+        self.groups: dict[str, list[str]] = {}
+        for name, _ in module.named_parameters():
+            group = next((layer for layer in layers if name.startswith(f"{layer}.")), name)
+            self.groups.setdefault(group, []).append(name)
 
     def forward(self, *args: Any) -> Any:
-        rounded = {name: parameter.bfloat16() for name, parameter in self.module.named_parameters()}
+        parameters = dict(self.module.named_parameters())
+        rounded: dict[str, torch.Tensor] = {}
+        for names in self.groups.values():
+            rounded.update(zip(names, _Rounded.apply(*(parameters[name] for name in names)), strict=True))
         return torch.func.functional_call(self.module, rounded, args)
+
+
+class _Rounded(torch.autograd.Function):
+    """Parameters in bfloat16, and their gradients in float32, by few kernels for many tensors."""
+
+    @staticmethod
+    def forward(ctx: Any, *parameters: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        return _copies(parameters, torch.bfloat16)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        return _copies(gradients, torch.float32)
+
+
+def _copies(tensors: Sequence[torch.Tensor], dtype: torch.dtype) -> tuple[torch.Tensor, ...]:
+    copies = [torch.empty_like(tensor, dtype=dtype, memory_format=torch.contiguous_format) for tensor in tensors]
+    torch._foreach_copy_(copies, list(tensors))
+    return tuple(copies)
 
 
 class DecoderTraining(nn.Module):
@@ -311,10 +338,7 @@ class TrainingStep:
         real, fake = target.gather(1, rows), predicted.gather(1, rows)
         leaf = fake.detach().requires_grad_()
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.half):
-            layers = discriminator(torch.cat([real, leaf]))
-        clips = len(batch.lengths)
-        real_layers = [[layer[:clips] for layer in each] for each in layers]
-        fake_layers = [[layer[clips:] for layer in each] for each in layers]
+            real_layers, fake_layers = discriminator(real, leaf)
         losses["adversarial_loss"] = share * adversarial_loss(fake_layers)
         losses["feature_matching_loss"] = share * feature_matching_loss(real_layers, fake_layers)
         generator_loss = (
