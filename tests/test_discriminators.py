@@ -7,23 +7,29 @@ import pytest
 import torch
 from torch import nn
 
-from mimo_audio_hf.training.discriminators import AudioDiscriminator, PeriodDiscriminator, STFTDiscriminator
+from torch.nn.utils.parametrizations import spectral_norm
+
+from mimo_audio_hf.training.discriminators import (
+    AudioDiscriminator,
+    MultiPeriodDiscriminator,
+    MultiScaleSTFTDiscriminator,
+    SpectralNormConvs,
+)
 
 
 SAMPLES = 600
 
 
-def convolution(x: np.ndarray, layer: nn.Conv2d) -> np.ndarray:
-    """(clips, in, height, width) to (clips, out, height, width), with the weight over its largest singular value."""
-    weight = layer.parametrizations.weight.original.detach().double().numpy()
+def convolution(x: np.ndarray, layer: SpectralNormConvs) -> np.ndarray:
+    """(clips, height, width, in) to (clips, height, width, out), with the weight over its largest singular value."""
+    weight = layer.weight[0].detach().double().numpy()
     weight = weight / np.linalg.svd(weight.reshape(len(weight), -1), compute_uv=False)[0]
-    (up, side), (row_stride, column_stride), (dilation, _) = layer.padding, layer.stride, layer.dilation
-    x = np.pad(x, ((0, 0), (0, 0), (up, up), (side, side)))
     height, width = weight.shape[2:]
-    reach = dilation * (height - 1) + 1
-    windows = np.lib.stride_tricks.sliding_window_view(x, (reach, width), axis=(2, 3))
-    windows = windows[:, :, ::row_stride, ::column_stride, ::dilation]
-    return np.einsum("nchwij,ocij->nohw", windows, weight) + layer.bias.detach().double().numpy()[:, None, None]
+    reach = layer.dilation * (height - 1) + 1
+    x = np.pad(x, ((0, 0), (reach // 2, reach // 2), (width // 2, width // 2), (0, 0)))
+    windows = np.lib.stride_tricks.sliding_window_view(x, (reach, width), axis=(1, 2))
+    windows = windows[:, :, :: layer.stride, :, :: layer.dilation]
+    return np.einsum("nhwcij,ocij->nhwo", windows, weight) + layer.bias[0].detach().double().numpy()
 
 
 def outputs(x: np.ndarray, convs: nn.ModuleList) -> list[np.ndarray]:
@@ -38,9 +44,8 @@ def outputs(x: np.ndarray, convs: nn.ModuleList) -> list[np.ndarray]:
 def converged(discriminator: nn.Module, waveforms: torch.Tensor) -> nn.Module:
     """Its power iterations run each time it looks at something in training mode."""
     with torch.no_grad():
-        for module in discriminator.modules():
-            if isinstance(module, nn.Conv2d):
-                module.bias.normal_()
+        for conv in discriminator.convs:
+            conv.bias.normal_()
         for _ in range(300):
             discriminator.train()(waveforms)
     return discriminator.eval()
@@ -54,56 +59,76 @@ def waveforms(samples: int = SAMPLES) -> torch.Tensor:
 def test_period_discriminator(period):
     torch.manual_seed(0)
     clips = waveforms()
-    discriminator = converged(PeriodDiscriminator(period, (4, 6, 8)), clips)
+    discriminator = converged(MultiPeriodDiscriminator([period], (4, 6, 8)), clips)
     whole = SAMPLES // period * period
-    x = clips.double().numpy()[:, :whole].reshape(2, 1, -1, period).swapaxes(2, 3)
+    x = clips.double().numpy()[:, :whole].reshape(2, -1, period, 1).swapaxes(1, 2)
     with torch.no_grad():
-        actual = discriminator(clips)
+        ((actual,),) = discriminator(clips)
     expected = outputs(x, discriminator.convs)
     assert len(actual) == len(expected) == 4
     for found, wanted in zip(actual, expected, strict=True):
-        np.testing.assert_allclose(found.permute(0, 3, 1, 2).numpy(), wanted, rtol=0, atol=2e-5 * np.abs(wanted).max())
+        np.testing.assert_allclose(found.numpy(), wanted, rtol=0, atol=2e-5 * np.abs(wanted).max())
 
 
 def test_stft_discriminator():
     torch.manual_seed(0)
     clips = waveforms()
-    discriminator = converged(STFTDiscriminator(128, 4), clips)
+    discriminator = converged(MultiScaleSTFTDiscriminator([128], 4), clips)
     window = 0.5 - 0.5 * np.cos(2 * np.pi * np.arange(128) / 128)
     window = window / np.sqrt((window**2).sum())
     frames = np.stack([clips.double().numpy()[:, start : start + 128] for start in range(0, SAMPLES - 127, 32)], 1)
     spectrum = np.fft.rfft(frames * window, axis=-1)
     with torch.no_grad():
-        actual = discriminator(clips)
-    expected = outputs(np.stack([spectrum.real, spectrum.imag], 1), discriminator.convs)
+        ((actual,),) = discriminator(clips)
+    expected = outputs(np.stack([spectrum.real, spectrum.imag], -1), discriminator.convs)
     assert len(actual) == len(expected) == 6
     for found, wanted in zip(actual, expected, strict=True):
-        np.testing.assert_allclose(found.permute(0, 3, 1, 2).numpy(), wanted, rtol=0, atol=2e-5 * np.abs(wanted).max())
+        np.testing.assert_allclose(found.numpy(), wanted, rtol=0, atol=2e-5 * np.abs(wanted).max())
 
 
 def test_all_layers_have_spectral_norm():
     torch.manual_seed(0)
     discriminator = AudioDiscriminator(0.2)
-    convs = [module for module in discriminator.modules() if isinstance(module, nn.Conv2d)]
-    assert len(convs) == 5 * 6 + 5 * 6
+    convs = [module for module in discriminator.modules() if isinstance(module, SpectralNormConvs)]
+    assert [len(conv.weight) for conv in convs] == [5] * 12
+    assert sum(parameter.numel() for conv in convs for parameter in conv.parameters()) == sum(
+        parameter.numel() for parameter in discriminator.parameters()
+    )
     with torch.no_grad():
         for conv in convs:
             for _ in range(30):
-                weight = conv.weight
+                weights = conv.normalized()
             # Power iterations come from below, and slowly where singular values lie close together.
-            assert 0.98 < torch.linalg.matrix_norm(weight.flatten(1), 2) < 1.05
+            norms = torch.linalg.matrix_norm(weights.flatten(2), 2)
+            assert 0.98 < norms.min() and norms.max() < 1.05
+
+
+def test_spectral_norm_is_torchs():
+    torch.manual_seed(0)
+    conv = SpectralNormConvs(2, 3, 4, (1, 5))
+    plain = [spectral_norm(nn.Conv2d(3, 4, (1, 5))) for _ in range(2)]
+    for i, each in enumerate(plain):
+        with torch.no_grad():
+            each.parametrizations.weight.original.copy_(conv.weight[i])
+            each.parametrizations.weight[0]._u.copy_(conv.left[i])
+            each.parametrizations.weight[0]._v.copy_(conv.right[i])
+    expected, actual = torch.stack([each.weight for each in plain]), conv.normalized()
+    torch.testing.assert_close(actual, expected)
+    gradient = torch.randn_like(expected)
+    (expected * gradient).sum().backward()
+    (actual * gradient).sum().backward()
+    gradients = torch.stack([each.parametrizations.weight.original.grad for each in plain])
+    torch.testing.assert_close(conv.weight.grad, gradients)
 
 
 def test_the_reports_sizes():
     with torch.device("meta"):
         discriminator = AudioDiscriminator()
-    periods, stft = discriminator.periods.discriminators, discriminator.stft.discriminators
-    assert [each.period for each in periods] == [2, 3, 5, 7, 11]
-    assert [each.n_fft for each in stft] == [2048, 1024, 512, 256, 128]
-    for each in periods:
-        assert [conv.out_channels for conv in each.convs] == [32, 128, 512, 1024, 1024, 1]
-    for each in stft:
-        assert [conv.out_channels for conv in each.convs] == [32] * 5 + [1]
+    assert discriminator.periods.periods == [2, 3, 5, 7, 11]
+    assert discriminator.stft.n_ffts == [2048, 1024, 512, 256, 128]
+    sizes = [conv.weight.shape[1] for conv in discriminator.periods.convs]
+    assert sizes == [32, 128, 512, 1024, 1024, 1]
+    assert [conv.weight.shape[1] for conv in discriminator.stft.convs] == [32] * 5 + [1]
 
 
 def test_segments_do_not_see_each_other():
@@ -122,7 +147,7 @@ def test_bfloat16_rounds_activations_but_not_the_norm():
     clips = waveforms(4096)
     with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
         (half,) = discriminator(clips)
-        weights = [module.weight.dtype for module in discriminator.modules() if isinstance(module, nn.Conv2d)]
+        weights = [module.normalized().dtype for module in discriminator.modules() if hasattr(module, "normalized")]
     with torch.no_grad():
         (full,) = discriminator(clips)
     assert half[0][-1].dtype == torch.bfloat16

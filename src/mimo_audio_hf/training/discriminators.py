@@ -2,40 +2,49 @@
 """The discriminators of the technical report's second stage (arXiv 2512.23808), with spectral norm on every layer.
 
 They look at segments of one length, so there is no padding of clips in them, and return the outputs of all their
-layers: the feature-matching loss compares these, and the last one is the logits.
+layers: the feature-matching loss compares these, and the last one is the logits. Each of the two kinds looks at the
+segments in several ways, by sub-discriminators of one shape.
+
+They are small beside the decoder, and would take as long if written plainly: sixty power iterations of a dozen small
+kernels each, and convolutions of the forms that GPUs are slowest at. Hence what is unusual about [`SpectralNormConvs`].
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import cast
 
 import torch
 import torch.nn.functional as F
 from torch import nn
-from torch.nn.utils.parametrizations import spectral_norm
-from torch.nn.utils.parametrize import cached
 
 from .losses import Features
 
 
-class SpectralNormConv2d(nn.Conv2d):
-    """2D convolution (segments, height, width, channels) whose weight, as a matrix of (outputs, the rest), is divided
-    by its largest singular value. It keeps the height, and divides the width by the stride.
+class SpectralNormConvs(nn.Module):
+    """The same layer of several sub-discriminators: 2D convolutions whose weights, as matrices of (outputs, the rest),
+    are divided by their largest singular values. They keep the height and divide the width by the stride.
 
-    GPUs are slow at strided convolutions, most of all at their gradients, and at those of few channels. So groups of
-    `stride * block` neighbours along the width count as channels, and `block` outputs come from each, by a
-    convolution without stride whose weight has the taps at their places and zeros elsewhere.
+    The power iterations (one a call of [`normalized`] in training mode, as torch's parametrization does it) run for
+    all of them together. And strided convolutions are slow, most of all their gradients, as are those of few
+    channels: so groups of `stride * block` neighbours along the width count as channels, and `block` outputs come
+    from each, by a convolution without stride whose weight has the taps at their places and zeros elsewhere.
 
     Args:
+        count: of sub-discriminators.
         stride: along the width.
         dilation: along the height.
         block: how many outputs are computed together.
     """
 
     placement: torch.Tensor
+    left: torch.Tensor
+    right: torch.Tensor
 
     def __init__(
         self,
+        count: int,
         in_channels: int,
         out_channels: int,
         kernel_size: tuple[int, int],
@@ -43,122 +52,153 @@ class SpectralNormConv2d(nn.Conv2d):
         dilation: int = 1,
         block: int = 1,
     ) -> None:
+        super().__init__()
         rows, taps = kernel_size
-        padding = (dilation * (rows - 1) // 2, (taps - 1) // 2)
-        super().__init__(in_channels, out_channels, kernel_size, (1, stride), padding, (dilation, 1))
-        spectral_norm(self)
-        self.block, self.group = block, stride * block
-        self.before = -(-padding[1] // self.group)  # groups
-        after = (stride * (block - 1) + taps - 1 - padding[1]) // self.group
+        self.stride, self.dilation, self.block, self.group = stride, dilation, block, stride * block
+        self.padding = (dilation * (rows - 1) // 2, (taps - 1) // 2)
+        fan_in = in_channels * rows * taps
+        bound = fan_in**-0.5  # as nn.Conv2d begins
+        self.weight = nn.Parameter(torch.empty(count, out_channels, in_channels, rows, taps).uniform_(-bound, bound))
+        self.bias = nn.Parameter(torch.empty(count, out_channels).uniform_(-bound, bound))
+        self.register_buffer("left", F.normalize(torch.randn(count, out_channels), dim=1))
+        self.register_buffer("right", F.normalize(torch.randn(count, fan_in), dim=1))
+        for _ in range(15):
+            self._iterate()
+
+        self.before = -(-self.padding[1] // self.group)  # groups
+        after = (stride * (block - 1) + taps - 1 - self.padding[1]) // self.group
         # (groups, group, block, taps): 1 where a tap of an output lies
         slots = torch.arange(-self.before * self.group, (after + 1) * self.group).unflatten(0, (-1, self.group))
-        places = torch.arange(block)[:, None] * stride + torch.arange(taps) - padding[1]
+        places = torch.arange(block)[:, None] * stride + torch.arange(taps) - self.padding[1]
         placement = (slots[..., None, None] == places).float()
         self.register_buffer("placement", placement, persistent=False)
 
-    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        # The power iteration needs float32; only the convolution runs in what autocast asks for.
-        with torch.autocast(hidden_states.device.type, enabled=False):
-            weight = self.weight
+    @torch.no_grad()
+    def _iterate(self) -> None:
+        matrices = self.weight.flatten(2)
+        self.left.copy_(F.normalize((matrices @ self.right[..., None])[..., 0], dim=1))
+        self.right.copy_(F.normalize((self.left[:, None] @ matrices)[:, 0], dim=1))
+
+    def normalized(self) -> torch.Tensor:
+        """The weights (count, out_channels, in_channels, rows, taps), each over its largest singular value."""
+        if self.training:
+            self._iterate()
+        # Clones, for the next iteration may come before the gradient.
+        left, right = self.left.clone(), self.right.clone()
+        norms = left[:, None] @ (self.weight.flatten(2) @ right[..., None])
+        return self.weight / norms[..., None, None]
+
+    def convolutions(self) -> list[Callable[[torch.Tensor], torch.Tensor]]:
+        """Each sub-discriminator's: (segments, height, width, in_channels) to (segments, height, ceil(width / stride),
+        out_channels), in what autocast asks for; the norms are computed in float32."""
+        device_type = self.weight.device.type
+        with torch.autocast(device_type, enabled=False):
+            weight = self.normalized()
             if self.group > 1:
-                weight = torch.einsum("oihk,gqjk->joqihg", weight, self.placement).flatten(2, 3).flatten(0, 1)
+                weight = torch.einsum("noihk,gqjk->njohgqi", weight, self.placement).flatten(5).flatten(1, 2)
+            else:
+                weight = weight.permute(0, 1, 3, 4, 2)
+        weight, bias = weight.contiguous(), self.bias.repeat(1, self.block)
+        if torch.is_autocast_enabled(device_type):  # once for all that the weights are used for
+            dtype = torch.get_autocast_dtype(device_type)
+            weight, bias = weight.to(dtype), bias.to(dtype)
+        weights = weight.movedim(4, 2).unbind()
+        return [partial(self._convolve, *each) for each in zip(weights, bias.unbind(), strict=True)]
+
+    def _convolve(self, weight: torch.Tensor, bias: torch.Tensor, hidden_states: torch.Tensor) -> torch.Tensor:
         width = hidden_states.shape[2]
         if width % self.group:
             hidden_states = F.pad(hidden_states, (0, 0, 0, -width % self.group))
-        hidden_states = hidden_states.unflatten(2, (-1, self.group)).flatten(3)
         outputs = F.conv2d(
-            hidden_states.permute(0, 3, 1, 2),  # channels last, as tensor cores want it
-            weight.contiguous(memory_format=torch.channels_last),
-            self.bias.repeat(self.block),
+            hidden_states.unflatten(2, (-1, self.group)).flatten(3).permute(0, 3, 1, 2),  # channels last
+            weight,
+            bias,
             padding=(self.padding[0], self.before),
-            dilation=self.dilation,
+            dilation=(self.dilation, 1),
         )
         outputs = outputs.permute(0, 2, 3, 1).unflatten(3, (self.block, -1)).flatten(2, 3)
-        return outputs[:, :, : -(-width // self.stride[1])]
+        return outputs[:, :, : -(-width // self.stride)]
 
 
-def _run_convs(convs: nn.ModuleList, hidden_states: torch.Tensor) -> list[torch.Tensor]:
-    """The outputs of the layers, with a leaky ReLU after all but the last."""
+class SubDiscriminators(nn.Module):
+    """Base of the two kinds: `convs`, each the same layer of all sub-discriminators."""
+
+    convs: nn.ModuleList
+
+    def views(self, waveforms: torch.Tensor) -> list[torch.Tensor]:
+        """What each sub-discriminator looks at, (segments, height, width, channels)."""
+        raise NotImplementedError
+
+    def forward(self, *waveforms: torch.Tensor) -> list[Features]:
+        """Of each batch of segments (segments, samples), each sub-discriminator's layers' outputs, (segments, height,
+        width, channels), after a leaky ReLU but for the last."""
+        layers = [cast(SpectralNormConvs, conv).convolutions() for conv in self.convs]
+        discriminators = list(zip(*layers, strict=True))
+        return [
+            [_outputs(discriminator, view) for discriminator, view in zip(discriminators, views, strict=True)]
+            for views in map(self.views, waveforms)
+        ]
+
+
+def _outputs(
+    layers: Sequence[Callable[[torch.Tensor], torch.Tensor]], hidden_states: torch.Tensor
+) -> list[torch.Tensor]:
     outputs = []
-    for conv in convs[:-1]:
-        hidden_states = F.leaky_relu(conv(hidden_states), 0.1)
+    for layer in layers[:-1]:
+        hidden_states = F.leaky_relu(layer(hidden_states), 0.1)
         outputs.append(hidden_states)
-    return [*outputs, convs[-1](hidden_states)]
+    return [*outputs, layers[-1](hidden_states)]
 
 
-# Outputs computed together where one side of a convolution has a channel or two.
-FEW_CHANNELS_BLOCK = 8
-
-
-class PeriodDiscriminator(nn.Module):
-    """Looks at every `period`-th sample (HiFi-GAN, arXiv 2010.05646): convolutions along time, the period apart."""
-
-    def __init__(self, period: int, channels: Sequence[int]) -> None:
-        super().__init__()
-        self.period = period
-        sizes = [1, *channels]
-        last = len(channels) - 1
-        self.convs = nn.ModuleList(
-            SpectralNormConv2d(
-                sizes[i], sizes[i + 1], (1, 5), stride=3 if i < last else 1, block=1 if i else FEW_CHANNELS_BLOCK
-            )
-            for i in range(len(channels))
-        )
-        self.convs.append(SpectralNormConv2d(sizes[-1], 1, (1, 3), block=FEW_CHANNELS_BLOCK))
-
-    def forward(self, waveforms: torch.Tensor) -> list[torch.Tensor]:
-        """Segments (segments, samples) to the layers' outputs (segments, period, times, channels); samples past the
-        last whole period are left out."""
-        whole = waveforms.shape[1] // self.period * self.period
-        return _run_convs(self.convs, waveforms[:, :whole].unflatten(1, (-1, self.period)).transpose(1, 2)[..., None])
-
-
-class STFTDiscriminator(nn.Module):
-    """Looks at real and imaginary part of a normalized STFT (EnCodec, arXiv 2210.13438): (2, frames, bins)."""
-
-    def __init__(self, n_fft: int, channels: int) -> None:
-        super().__init__()
-        self.n_fft = n_fft
-        self.convs = nn.ModuleList([SpectralNormConv2d(2, channels, (3, 9), block=4)])
-        self.convs.extend(
-            SpectralNormConv2d(channels, channels, (3, 9), stride=2, dilation=dilation) for dilation in (1, 2, 4)
-        )
-        self.convs.append(SpectralNormConv2d(channels, channels, (3, 3)))
-        self.convs.append(SpectralNormConv2d(channels, 1, (3, 3), block=4))
-
-    def forward(self, waveforms: torch.Tensor) -> list[torch.Tensor]:
-        """Segments (segments, samples) to the layers' outputs (segments, frames, bins, channels); no frame reaches
-        beyond its segment."""
-        waveforms = waveforms.float()
-        window = torch.hann_window(self.n_fft, dtype=torch.float32, device=waveforms.device)
-        window = window / window.square().sum().sqrt()
-        spectrum = torch.stft(waveforms, self.n_fft, self.n_fft // 4, window=window, center=False, return_complex=True)
-        return _run_convs(self.convs, torch.view_as_real(spectrum).transpose(1, 2))
-
-
-class MultiPeriodDiscriminator(nn.Module):
-    """A [`PeriodDiscriminator`] for each of several periods without a common divisor."""
+class MultiPeriodDiscriminator(SubDiscriminators):
+    """For each of several periods without a common divisor, looks at every `period`-th sample (HiFi-GAN, arXiv
+    2010.05646): (period, times), convolved along time. Samples past the last whole period are left out."""
 
     def __init__(
         self, periods: Sequence[int] = (2, 3, 5, 7, 11), channels: Sequence[int] = (32, 128, 512, 1024, 1024)
     ) -> None:
         super().__init__()
-        self.discriminators = nn.ModuleList(PeriodDiscriminator(period, channels) for period in periods)
+        self.periods = list(periods)
+        sizes, count = [1, *channels], len(self.periods)
+        self.convs = nn.ModuleList([SpectralNormConvs(count, 1, sizes[1], (1, 5), stride=3, block=8)])
+        self.convs.extend(
+            SpectralNormConvs(count, sizes[i], sizes[i + 1], (1, 5), stride=3) for i in range(1, len(channels) - 1)
+        )
+        self.convs.append(SpectralNormConvs(count, sizes[-2], sizes[-1], (1, 5)))
+        self.convs.append(SpectralNormConvs(count, sizes[-1], 1, (1, 3), block=8))
 
-    def forward(self, waveforms: torch.Tensor) -> Features:
-        return [discriminator(waveforms) for discriminator in self.discriminators]
+    def views(self, waveforms: torch.Tensor) -> list[torch.Tensor]:
+        whole = [waveforms[:, : waveforms.shape[1] // period * period] for period in self.periods]
+        return [
+            each.unflatten(1, (-1, period)).transpose(1, 2)[..., None]
+            for each, period in zip(whole, self.periods, strict=True)
+        ]
 
 
-class MultiScaleSTFTDiscriminator(nn.Module):
-    """An [`STFTDiscriminator`] for each of several windows, in samples."""
+class MultiScaleSTFTDiscriminator(SubDiscriminators):
+    """For each of several windows, in samples, looks at real and imaginary part of a normalized STFT (EnCodec, arXiv
+    2210.13438): (frames, bins). No frame reaches beyond its segment."""
 
     def __init__(self, n_ffts: Sequence[int] = (2048, 1024, 512, 256, 128), channels: int = 32) -> None:
         super().__init__()
         self.n_ffts = list(n_ffts)
-        self.discriminators = nn.ModuleList(STFTDiscriminator(n_fft, channels) for n_fft in n_ffts)
+        count = len(self.n_ffts)
+        self.convs = nn.ModuleList([SpectralNormConvs(count, 2, channels, (3, 9), block=4)])
+        self.convs.extend(
+            SpectralNormConvs(count, channels, channels, (3, 9), stride=2, dilation=dilation) for dilation in (1, 2, 4)
+        )
+        self.convs.append(SpectralNormConvs(count, channels, channels, (3, 3)))
+        self.convs.append(SpectralNormConvs(count, channels, 1, (3, 3), block=4))
 
-    def forward(self, waveforms: torch.Tensor) -> Features:
-        return [discriminator(waveforms) for discriminator in self.discriminators]
+    def views(self, waveforms: torch.Tensor) -> list[torch.Tensor]:
+        return [self._spectrum(waveforms.float(), n_fft) for n_fft in self.n_ffts]
+
+    @staticmethod
+    def _spectrum(waveforms: torch.Tensor, n_fft: int) -> torch.Tensor:
+        window = torch.hann_window(n_fft, dtype=torch.float32, device=waveforms.device)
+        window = window / window.square().sum().sqrt()
+        spectrum = torch.stft(waveforms, n_fft, n_fft // 4, window=window, center=False, return_complex=True)
+        return torch.view_as_real(spectrum).transpose(1, 2)
 
 
 class AudioDiscriminator(nn.Module):
@@ -193,5 +233,5 @@ class AudioDiscriminator(nn.Module):
                     f"waveforms have shape {tuple(batch.shape)}; accepted: (segments, {self.min_samples} samples or "
                     "more)"
                 )
-        with cached():
-            return [[*self.periods(batch), *self.stft(batch)] for batch in waveforms]
+        periods, stft = self.periods(*waveforms), self.stft(*waveforms)
+        return [[*first, *second] for first, second in zip(periods, stft, strict=True)]

@@ -8,6 +8,7 @@ at the padding mask, which does.)
 from __future__ import annotations
 
 import contextlib
+import copy
 import hashlib
 import os
 import random
@@ -44,24 +45,39 @@ class BFloat16Compute(nn.Module):
 
     Autocast would keep the residual stream in float32 and round RoPE's frequencies otherwise than a bfloat16 model
     does: here a decoder is trained in the arithmetic that it will run in. Buffers stay as they are.
+
+    What runs is a copy without parameters of its own, which is given the rounded ones each time: functional_call does
+    that too, but takes longer than the GPU needs for the layers.
     """
 
     def __init__(self, module: nn.Module) -> None:
         super().__init__()
         self.module = module
+        tensors = (*module.parameters(), *module.buffers())
+        copied = copy.deepcopy(module, {id(tensor): tensor for tensor in tensors})
+        self.places: dict[nn.Parameter, list[tuple[nn.Module, str]]] = {}  # a tied one has several
+        for part in copied.modules():
+            for name, parameter in list(part.named_parameters(recurse=False)):
+                self.places.setdefault(parameter, []).append((part, name))
+                delattr(part, name)
         # A layer's parameters are rounded together: their gradients are then there while DDP still waits for others.
-        layers = [name for name, part in module.named_modules() if isinstance(part, MiMoAudioTokenizerLayer)]
-        self.groups: dict[str, list[str]] = {}
-        for name, _ in module.named_parameters():
-            group = next((layer for layer in layers if name.startswith(f"{layer}.")), name)
-            self.groups.setdefault(group, []).append(name)
+        layers = [part for part in module.modules() if isinstance(part, MiMoAudioTokenizerLayer)]
+        self.groups = [list(layer.parameters()) for layer in layers]
+        grouped = {parameter for group in self.groups for parameter in group}
+        self.groups.extend([parameter] for parameter in module.parameters() if parameter not in grouped)
+        self.running = (copied,)  # in a tuple, so that it is no submodule
+
+    def train(self, mode: bool = True) -> BFloat16Compute:
+        super().train(mode)
+        self.running[0].train(mode)
+        return self
 
     def forward(self, *args: Any) -> Any:
-        parameters = dict(self.module.named_parameters())
-        rounded: dict[str, torch.Tensor] = {}
-        for names in self.groups.values():
-            rounded.update(zip(names, _Rounded.apply(*(parameters[name] for name in names)), strict=True))
-        return torch.func.functional_call(self.module, rounded, args)
+        for group in self.groups:
+            for parameter, rounded in zip(group, _Rounded.apply(*group), strict=True):
+                for part, name in self.places[parameter]:
+                    part.__dict__[name] = rounded
+        return self.running[0](*args)
 
 
 class _Rounded(torch.autograd.Function):
@@ -173,13 +189,15 @@ class TrainingStep:
             }
             needed = tokenizer.encoder if config.codes_column is None else tokenizer.encoder.quantizer
             needed.to(self.device, torch.bfloat16 if self.half else torch.float32)
-        if config.torch_compile:
-            for module in trained.modules():
-                if isinstance(module, MiMoAudioTokenizerLayer):
-                    module.compile(dynamic=True)
+        trained = running = trained.to(self.device)
         # FSDP computes in bfloat16 itself.
         if self.half and self.accelerator.distributed_type != DistributedType.FSDP:
             trained = BFloat16Compute(trained)
+            running = trained.running[0]
+        if config.torch_compile:
+            for module in (*running.modules(), *tokenizer.encoder.modules()):
+                if isinstance(module, MiMoAudioTokenizerLayer):
+                    module.compile(dynamic=True)
         trained._no_split_modules = ["MiMoAudioTokenizerLayer"]  # type: ignore[assignment] # (for FSDP's wrapping)
         optimizer = self._adamw(trained, config.learning_rate, config.weight_decay)
         self.generator, self.optimizer = self.accelerator.prepare(trained, optimizer)
