@@ -68,7 +68,7 @@ class TrainingConfig:
     crop_seconds: float = _option(6.0, "longer clips are cropped")
     min_seconds: float = _option(0.5, "shorter clips are skipped")
     gain_db: float = _option(0.0, "clips are made louder or softer by up to so many dB, at random")
-    discriminator_seconds: float = _option(1.0, "length of the segments that the discriminators look at")
+    discriminator_seconds: float = _option(0.5, "length of the segments that the discriminators look at")
     dataloader_num_workers: int = _option(2, "processes that read, for each process")
 
     audio_to_text_weight: float = _option(10.0, "stage 1: of the audio-to-text loss; 0 leaves it out")
