@@ -64,23 +64,76 @@ def test_rotary(heads, head_dim):
         assert error(actual, reference) < 2.5e-3
 
 
-@pytest.mark.parametrize(("heads", "head_dim", "window"), [(16, 16, (40, 10)), (20, 64, (128, 0)), (4, 32, (5, 3))])
-def test_gradients_of_banded_attention(heads, head_dim, window):
-    sequences = modeling.PackedSequences.from_lengths([1, 7, 130, 64, 65, 300, 2000], "cuda")
+@pytest.mark.parametrize("lengths", [[1, 7, 130, 64, 65, 300, 2000], [64, 128]])
+@pytest.mark.parametrize(
+    ("heads", "head_dim", "window"),
+    [(16, 16, (40, 10)), (4, 32, (96, 96)), (4, 32, (5, 3)), (2, 16, (0, 7)), (2, 64, (40, 10))],
+)
+def test_gradients_of_banded_attention(heads, head_dim, window, lengths):
+    sequences = modeling.PackedSequences.from_lengths(lengths, "cuda")
     generator = torch.Generator("cuda").manual_seed(0)
     *states, weights = (
         torch.randn(sequences.total, heads, head_dim, device="cuda", dtype=torch.bfloat16, generator=generator)
         for _ in range(4)
     )
-    arguments = {"scaling": head_dim**-0.5, "sequences": sequences, "window": window}
-    ours = [tensor.clone().requires_grad_() for tensor in states]
-    kernels.triton_attention_forward(*ours, attention_mask=None, **arguments).backward(weights)
-    references = [tensor.double().requires_grad_() for tensor in states]
+    check_gradients(states, weights, sequences, window)
+
+
+def check_gradients(states, weights, sequences, window, attend=kernels.triton_attention_forward):
+    """Against float64; the states with `requires_grad=False` get none."""
+    arguments = {"scaling": states[0].shape[2] ** -0.5, "sequences": sequences, "window": window}
+    differentiated = (
+        [tensor.requires_grad for tensor in states] if any(t.requires_grad for t in states) else [True] * 3
+    )
+    ours = [tensor.detach().requires_grad_(want) for tensor, want in zip(states, differentiated, strict=True)]
+    attend(*ours, attention_mask=None, **arguments).backward(weights)
+    references = [tensor.detach().double().requires_grad_() for tensor in states]
     mask = modeling.padded_mask(sequences, window)
     modeling.eager_attention_forward(*references, attention_mask=mask, **arguments).backward(weights.double())
-    for tensor, reference in zip(ours, references, strict=True):
+    for tensor, reference, want in zip(ours, references, differentiated, strict=True):
+        assert (tensor.grad is not None) == want
         # As above, but weights and scores are both rounded on the way.
-        assert error(tensor.grad, reference.grad) < 8e-3
+        assert not want or error(tensor.grad, reference.grad) < 8e-3
+
+
+def banded_states(seed: int = 0) -> tuple[list[torch.Tensor], torch.Tensor, modeling.PackedSequences]:
+    sequences = modeling.PackedSequences.from_lengths([7, 130, 65], "cuda")
+    generator = torch.Generator("cuda").manual_seed(seed)
+    shape = sequences.total, 16, 16
+    *states, weights = (torch.randn(shape, device="cuda", dtype=torch.bfloat16, generator=generator) for _ in range(4))
+    return states, weights, sequences
+
+
+def test_gradients_of_some_inputs():
+    states, weights, sequences = banded_states()
+    states[2].requires_grad_()
+    check_gradients(states, weights, sequences, (40, 10))
+
+
+@pytest.mark.parametrize("layout", ["expanded", "transposed"])
+def test_gradients_that_are_not_contiguous(layout):
+    states, weights, sequences = banded_states()
+    if layout == "expanded":
+        weights = weights[:1].expand(weights.shape)
+    else:
+        weights = weights.transpose(0, 1).contiguous().transpose(0, 1)
+        states = [tensor.transpose(0, 1).contiguous().transpose(0, 1) for tensor in states]
+    check_gradients(states, weights, sequences, (40, 10))
+
+
+def test_gradients_of_compiled_attention():
+    states, weights, sequences = banded_states()
+    compiled = torch.compile(kernels.triton_attention_forward, fullgraph=True)
+    check_gradients(states, weights, sequences, (40, 10), attend=compiled)
+
+
+def test_what_is_not_finite_stays_in_its_clip():
+    states, _, sequences = banded_states()
+    arguments = {"attention_mask": None, "scaling": 0.25, "sequences": sequences, "window": (40, 10)}
+    clean = kernels.triton_attention_forward(*states, **arguments)
+    for tensor in states:
+        tensor[:7] = float("nan")
+    assert torch.equal(kernels.triton_attention_forward(*states, **arguments)[7:], clean[7:])
 
 
 def test_gradients_of_rotary():
@@ -107,6 +160,12 @@ def test_gradients_of_a_model():
         model(features.cuda(), mask.cuda()).loss.backward()
         assert all(parameter.grad is not None for parameter in model.parameters())
         gradients.append(torch.cat([parameter.grad.flatten().float() for parameter in model.parameters()]))
+        if name == "triton_varlen":  # run again in the backward pass, the forward pass gives the same
+            model.zero_grad()
+            model.gradient_checkpointing_enable()
+            model(features.cuda(), mask.cuda()).loss.backward()
+            again = torch.cat([parameter.grad.flatten().float() for parameter in model.parameters()])
+            assert torch.cosine_similarity(again, gradients[0], dim=0) > 0.9999
     assert torch.cosine_similarity(*gradients, dim=0) > 0.98
 
 

@@ -7,7 +7,9 @@ Triton it does nothing. They save memory traffic and launches where PyTorch has 
 - attention within a narrow window (the vocoder's 40 and 10 frames with heads of 16), where one block of keys holds all
   that a block of queries sees, so that softmax needs no second pass. FlashAttention takes about six times as long.
 
-Both have gradients. Everything else about attention is PyTorch's FlashAttention.
+Both have gradients (of heads up to 32; gradients of gradients they have not). One clip's values that are not finite do
+not reach the others' results, but may reach their gradients: training stops at such a loss anyway. Everything else
+about attention is PyTorch's FlashAttention.
 """
 
 from __future__ import annotations
@@ -16,6 +18,7 @@ from functools import lru_cache
 from typing import Any
 
 import torch
+from torch.autograd.function import once_differentiable
 from transformers.utils import logging
 
 from . import modeling_mimo_audio_tokenizer as modeling
@@ -33,7 +36,8 @@ logger = logging.get_logger(__name__)
 # Queries a program, and the most keys: one tile of scores has to fit into the registers.
 QUERIES = 64
 MAX_KEYS = 256
-HEAD_DIMS = (16, 32, 64)  # at 128 the gradients do not fit into most GPUs' shared memory
+HEAD_DIMS = (16, 32, 64)
+GRADIENT_HEAD_DIMS = (16, 32)  # of larger ones the gradients' tiles do not fit into every GPU's shared memory
 
 if triton is not None:
 
@@ -180,6 +184,7 @@ class _Rotary(torch.autograd.Function):
         return _rotate_pairs(query, key, cos, sin)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         cos, sin = ctx.saved_tensors
         query_gradient, key_gradient = gradients
@@ -218,6 +223,7 @@ class _BandedAttention(torch.autograd.Function):
         return output
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         query, key, value, sequence_ids, output, log_sums = ctx.saved_tensors
         scaling, left, right = ctx.constants
@@ -306,10 +312,12 @@ def triton_attention_forward(
     window: Window,
 ) -> torch.Tensor:
     """Attention within a narrow window in one tile of scores; PyTorch's FlashAttention for every other."""
-    if min(window) < 0 or _keys(*window) > MAX_KEYS or query.shape[2] not in HEAD_DIMS:
+    differentiated = _needs_gradient(query, key, value)
+    head_dims = GRADIENT_HEAD_DIMS if differentiated else HEAD_DIMS
+    if min(window) < 0 or _keys(*window) > MAX_KEYS or query.shape[2] not in head_dims:
         return torch_varlen_attention_forward(query, key, value, attention_mask, scaling, sequences, window)
     arguments = query.contiguous(), key.contiguous(), value.contiguous(), sequences.sequence_ids, scaling, *window
-    if _needs_gradient(query, key, value):
+    if differentiated:
         return _BandedAttention.apply(*arguments)
     return _attend(*arguments)[0]
 

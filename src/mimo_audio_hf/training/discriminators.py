@@ -6,7 +6,7 @@ layers: the feature-matching loss compares these, and the last one is the logits
 segments in several ways, by sub-discriminators of one shape.
 
 They are small beside the decoder, and would take as long if written plainly: sixty power iterations of a dozen small
-kernels each, and convolutions of the forms that GPUs are slowest at. Hence what is unusual about [`SpectralNormConvs`].
+kernels each, and convolutions of the forms that GPUs are slowest at. Hence [`SpectralNormConvs`].
 """
 
 from __future__ import annotations
