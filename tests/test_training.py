@@ -825,6 +825,9 @@ def test_a_loss_that_is_not_finite_names_the_clips(stage1, clips, tmp_path, monk
         ({"validation_clips": 0}, "validation_clips=0; accepted: 1 or more"),
         ({"max_steps": 1.5}, "max_steps=1.5; accepted: int"),
         ({"resume": 1}, "resume=1; accepted: bool"),
+        ({"mel_scales": []}, r"mel_scales=\[\]; accepted: one or more integers from 2"),
+        ({"mel_scales": 1}, r"mel_scales=\[1\]"),
+        ({"mel_scales": ["five"]}, "mel_scales='five'"),
     ],
 )
 def test_bad_options(values, message):
@@ -836,8 +839,11 @@ def test_options_as_yaml_and_flags_give_them(tmp_path):
     file = tmp_path / "run.yaml"
     file.write_text(
         "output_dir: run\nlearning_rate: 1e-4\nreport_to: tensorboard\ntext_model_config: {model_type: gpt2}\n"
+        "mel_scales: [5, 8]\n"
     )
     config = TrainingConfig.from_values(read_yaml(file))
+    assert config.mel_scales == [5, 8]
+    assert TrainingConfig.from_values({"output_dir": "run", "mel_scales": ["6", "7"]}).mel_scales == [6, 7]
     assert config.learning_rate == 1e-4  # which YAML takes for text
     assert config.report_to == ["tensorboard"] and config.text_model_config == {"model_type": "gpt2"}
     flags = {"output_dir": "x", "text_model_config": '{"model_type": "gpt2"}', "max_steps": "7"}

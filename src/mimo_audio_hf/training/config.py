@@ -76,6 +76,9 @@ class TrainingConfig:
     reconstruction_weight: float = _option(1.0, "of the multi-scale mel loss")
     adversarial_weight: float = _option(1.0, "stage 2: of the adversarial loss")
     feature_matching_weight: float = _option(2.0, "stage 2: of the feature-matching loss")
+    mel_scales: list[int] = _option(
+        [5, 6, 7], "of the mel loss: 2**scale bins, a window of 15 * 2**(scale - 1) samples"
+    )
     log_mel_loss: bool = _option(False, "compare log-mels, not mels as the report does")
     log_mel_floor: float = _option(1e-5, "least magnitude that the logarithm is taken of")
     quantizer_dropout: float = _option(0.0, "share of the steps that use a random number of codebooks")
@@ -143,6 +146,7 @@ class TrainingConfig:
         for name in ("adam_beta1", "adam_beta2"):
             require(0 <= getattr(self, name) < 1, name, "0 to 1")
         require(0 <= self.gain_db < math.inf, "gain_db", "0 or more")
+        require(bool(self.mel_scales) and min(self.mel_scales) >= 2, "mel_scales", "one or more integers from 2")
         require(self.codes_column is None or self.stage == 2, "codes_column", "nothing in stage 1, which makes codes")
         require(
             self.codes_column is None or self.gain_db == 0, "gain_db", "0 with codes, which are of clips as they are"
@@ -216,12 +220,15 @@ def _converted(name: str, value: Any, annotation: Any) -> Any:
     if value is None and type(None) in kinds:
         return None
     kind = next(kind for kind in kinds if kind is not type(None))
+    items = typing.get_args(kind)
     kind = typing.get_origin(kind) or kind
+    if kind is list:
+        value = [value] if isinstance(value, (str, int)) else value
+        if isinstance(value, list):
+            return [_converted(name, item, *items) for item in value]
     try:
         if kind is dict and isinstance(value, str):
             value = json.loads(value)
-        elif kind is list and isinstance(value, str):
-            value = [value]
         elif kind in (int, float) and isinstance(value, (int, float, str)) and not isinstance(value, bool):
             value = kind(value) if kind is float or isinstance(value, str) else value
     except ValueError as error:

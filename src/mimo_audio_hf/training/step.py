@@ -167,7 +167,7 @@ class TrainingStep:
         self.tokenizer = tokenizer
         self.extractor = MiMoAudioTokenizerFeatureExtractor.from_config(tokenizer.config)
         self.mel_loss = MultiScaleMelLoss(
-            tokenizer.config.sampling_rate, log=config.log_mel_loss, log_floor=config.log_mel_floor
+            tokenizer.config.sampling_rate, config.mel_scales, config.log_mel_loss, config.log_mel_floor
         )
         self._make_discriminator()
         self._make_generator(audio_to_text)

@@ -155,7 +155,7 @@ class Trainer:
     def _open_data(self, train_dataset: datasets.Dataset | None, validation_dataset: datasets.Dataset | None) -> None:
         config, model_config = self.config, self.tokenizer.config
         rate = model_config.sampling_rate
-        names, shortest = ["min_seconds", "crop_seconds"], MultiScaleMelLoss(rate).min_samples
+        names, shortest = ["min_seconds", "crop_seconds"], MultiScaleMelLoss(rate, config.mel_scales).min_samples
         if config.uses_discriminators:
             names.append("discriminator_seconds")
             shortest = max(shortest, AudioDiscriminator(config.discriminator_width).min_samples)
