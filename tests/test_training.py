@@ -426,15 +426,25 @@ def test_codes_of_others_are_refused(stage1, fresh, clips, tmp_path, caplog):
     start = stage1 / "checkpoint-200"
     tokenized = clips.map(tokenize_audio, batched=True, fn_kwargs={"model": str(start), "device": "cpu"})
     codes = [torch.tensor(each) for each in tokenized["audio_codes"]]
-    damaged = [codes[0][:-1], codes[1][:, :3], codes[2] + 60, -codes[3] - 1, None, *codes[5:]]
+    damaged = [codes[0][:-1], codes[1][:, :3], codes[2] + 64, -codes[3] - 1, None, *codes[5:]]
     column = [None if each is None else each.tolist() for each in damaged]
     dataset = datasets.Dataset.from_list([{**clip, "codes": each} for clip, each in zip(clips, column, strict=True)])
     config = TrainingConfig(**options(start, tmp_path, codes_column="codes"))
     skipped = Trainer(config, dataset).train_clips.skipped
-    reasons = ["frames of codes, not", "codes have shape", "out of the codebooks' range", "out of", "no codes"]
+    reasons = [
+        "frames of codes, not",
+        "codes has 3 codebooks; accepted: all 4",
+        f"hold {codes[2][0, 0] + 64} for codebook 0 (counted from 0); accepted: 0 to 63",
+        "hold -",
+        "no codes",
+    ]
     assert len(skipped) == 5
     for problem, reason in zip(skipped.values(), reasons, strict=True):
         assert reason in problem
+    binary = [(each % 2).bool().tolist() for each in codes]
+    binary = datasets.Dataset.from_list([{**clip, "codes": each} for clip, each in zip(clips, binary, strict=True)])
+    with pytest.raises(ValueError, match="codes is torch.bool; accepted: integers"):
+        Trainer(config, binary)
     AcceleratorState._reset_state(reset_partial_state=True)
     other = tmp_path / "other"
     torch.manual_seed(1)

@@ -18,7 +18,7 @@ import torch
 
 from .audio import as_tensor
 from .feature_extraction_mimo_audio_tokenizer import MiMoAudioTokenizerFeatureExtractor
-from .modeling_mimo_audio_tokenizer import MiMoAudioTokenizerModel
+from .modeling_mimo_audio_tokenizer import MiMoAudioTokenizerModel, check_code_range
 
 
 logger = logging.getLogger(__name__)
@@ -212,14 +212,19 @@ def decode_stream(
 
 
 def check_codes(model: MiMoAudioTokenizerModel, codes: Any, name: str = "codes") -> torch.Tensor:
-    """One clip's codes (L, Q) as int64, if the model can decode them.
+    """One clip's codes (L, Q) as int64, if the model can decode them; otherwise the errors of [`check_codes_of`]."""
+    return check_codes_of(model.config.codebook_sizes, codes, name)
+
+
+def check_codes_of(codebook_sizes: Sequence[int], codes: Any, name: str = "codes") -> torch.Tensor:
+    """One clip's codes (L, Q) as int64, if they are of the first Q of these codebooks.
 
     Raises:
-        ValueError: they are no tensor or array, of wrong shape or dtype, out of range, or of more codebooks than the
-            model has; the message begins with `name`.
+        ValueError: they are no tensor or array, of wrong shape or dtype, out of range, or of more codebooks than there
+            are; the message begins with `name`.
     """
     codes = as_tensor(name, codes)
-    accepted = model.config.num_quantizers
+    accepted = len(codebook_sizes)
     if codes.ndim != 2 or not len(codes) or not 1 <= codes.shape[1] <= accepted:
         shape = tuple(codes.shape)
         raise ValueError(f"{name} has shape {shape}; accepted: (frames, 1 to {accepted} codebooks), not empty")
@@ -227,7 +232,7 @@ def check_codes(model: MiMoAudioTokenizerModel, codes: Any, name: str = "codes")
         raise ValueError(f"{name} is {codes.dtype}; accepted: integers")
     codes = codes.long()
     try:
-        model.check_codes(codes)
+        check_code_range(codes, codebook_sizes)
     except ValueError as error:
         raise ValueError(f"{name}: {error}") from error
     return codes

@@ -1409,19 +1409,7 @@ class MiMoAudioTokenizerModel(MiMoAudioTokenizerPreTrainedModel):
 
     def check_codes(self, audio_codes: torch.Tensor) -> None:
         """Raises a ValueError that names the codebook where packed codes (total_codes, Q) are out of range."""
-        outside = self._out_of_range(audio_codes.long())
-        if outside.any():
-            frame, book = outside.nonzero()[0].tolist()
-            raise self._range_error("audio_codes", int(audio_codes[frame, book]), book)
-
-    def _out_of_range(self, audio_codes: torch.Tensor) -> torch.Tensor:
-        """Which codes (..., Q) their codebook does not have."""
-        sizes = torch.tensor(self.config.codebook_sizes[: audio_codes.shape[-1]], device=audio_codes.device)
-        return (audio_codes < 0) | (audio_codes >= sizes)
-
-    def _range_error(self, name: str, code: int, book: int) -> ValueError:
-        last = self.config.codebook_sizes[book] - 1
-        return ValueError(f"{name} hold {code} for codebook {book} (counted from 0); accepted: 0 to {last}")
+        check_code_range(audio_codes, self.config.codebook_sizes)
 
     def _check_features(
         self, input_features: torch.Tensor, attention_mask: torch.Tensor | None
@@ -1465,10 +1453,12 @@ class MiMoAudioTokenizerModel(MiMoAudioTokenizerPreTrainedModel):
         # Where they are, before anything is moved: an index out of range would take a GPU down.
         ends = torch.tensor(lengths, device=audio_codes.device)
         read = torch.arange(shape[2], device=audio_codes.device) < ends[:, None]
-        outside = self._out_of_range(audio_codes.transpose(1, 2)) & read[..., None]
+        sizes = self.config.codebook_sizes
+        outside = _out_of_range(audio_codes.transpose(1, 2), sizes) & read[..., None]
         if outside.any():
             clip, frame, book = outside.nonzero()[0].tolist()
-            raise self._range_error(f"audio_codes of clip {clip}", int(audio_codes[clip, book, frame]), book)
+            code = int(audio_codes[clip, book, frame])
+            raise _range_error(f"audio_codes of clip {clip}", code, book, sizes)
         device = _compute_device(self._require_decoder().dconv1.conv.weight, audio_codes)
         layout = self.decoder_layout(lengths, device)
         return layout.codes.unpad(audio_codes.to(device).transpose(1, 2)), layout
@@ -1530,6 +1520,25 @@ def _best_attn_implementation(device: torch.device, dtype: torch.dtype) -> str:
 def _compute_device(weight: torch.Tensor, data: torch.Tensor) -> torch.device:
     """Where a module runs: where its weights are, or where its input is if accelerate has offloaded them."""
     return data.device if weight.is_meta else weight.device
+
+
+def check_code_range(audio_codes: torch.Tensor, codebook_sizes: Sequence[int]) -> None:
+    """Raises a ValueError that names the codebook where packed codes (total_codes, Q) are out of range."""
+    outside = _out_of_range(audio_codes.long(), codebook_sizes)
+    if outside.any():
+        frame, book = outside.nonzero()[0].tolist()
+        raise _range_error("audio_codes", int(audio_codes[frame, book]), book, codebook_sizes)
+
+
+def _out_of_range(audio_codes: torch.Tensor, codebook_sizes: Sequence[int]) -> torch.Tensor:
+    """Which codes (..., Q) their codebook does not have."""
+    sizes = torch.tensor(codebook_sizes[: audio_codes.shape[-1]], device=audio_codes.device)
+    return (audio_codes < 0) | (audio_codes >= sizes)
+
+
+def _range_error(name: str, code: int, book: int, codebook_sizes: Sequence[int]) -> ValueError:
+    last = codebook_sizes[book] - 1
+    return ValueError(f"{name} hold {code} for codebook {book} (counted from 0); accepted: 0 to {last}")
 
 
 def _as_tensor(name: str, value: Any) -> torch.Tensor:

@@ -25,6 +25,7 @@ from torch.utils.data import Dataset as TorchDataset
 
 from ..audio import AUDIO_SUFFIXES
 from ..dataset import to_codes, to_waveform
+from ..inference import check_codes_of
 from .batch import Batch, Collator
 
 
@@ -274,7 +275,7 @@ def _inspect_clip(
         if codes_column is not None:
             if row[codes_column] is None:
                 raise ValueError(f"no codes in the column {codes_column!r}")
-            codes = require_codes(to_codes(row[codes_column]), codebook_sizes)
+            codes = _all_codes(row[codes_column], codes_column, codebook_sizes)
             found["num_codes"] = len(codes)
     except (ValueError, OSError) as error:
         return found | {"problem": " ".join(str(error).split())}
@@ -298,18 +299,11 @@ def _inspect_clip(
     return found
 
 
-def require_codes(codes: torch.Tensor, codebook_sizes: Sequence[int]) -> torch.Tensor:
-    """Codes of all codebooks (L, Q), in range, as int64.
-
-    Raises:
-        ValueError: they are something else.
-    """
-    if codes.ndim != 2 or codes.shape[1] != len(codebook_sizes) or not len(codes) or codes.is_floating_point():
-        accepted = f"integers (frames, {len(codebook_sizes)} codebooks)"
-        raise ValueError(f"codes have shape {tuple(codes.shape)} and are {codes.dtype}; accepted: {accepted}")
-    codes = codes.long()
-    if codes.min() < 0 or (codes >= torch.tensor(codebook_sizes)).any():
-        raise ValueError("codes out of the codebooks' range; accepted: codes of the model that is trained")
+def _all_codes(value: Any, name: str, codebook_sizes: Sequence[int]) -> torch.Tensor:
+    """A clip's codes (L, Q), of all of these codebooks."""
+    codes = check_codes_of(codebook_sizes, to_codes(value, name), name)
+    if codes.shape[1] != len(codebook_sizes):
+        raise ValueError(f"{name} has {codes.shape[1]} codebooks; accepted: all {len(codebook_sizes)}")
     return codes
 
 
