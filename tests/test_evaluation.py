@@ -353,6 +353,17 @@ def test_bad_sources(tmp_path, clips_by_language):
     ):
         with pytest.raises(ValueError, match=message):
             read_sources([tmp_path / source])
+    (tmp_path / "saved").mkdir()
+    for content, message in (
+        ("[]", "holds a list; accepted: a JSON object"),
+        ("{}", ": splits is missing; accepted: list"),
+        ('{"splits": "train"}', ": splits is of type str"),
+        ('{"splits": []}', r": splits are \[\]; accepted: one or more names"),
+        ('{"splits": [1]}', r": splits are \[1\]"),
+    ):
+        (tmp_path / "saved" / "dataset_dict.json").write_text(content)
+        with pytest.raises(ValueError, match=rf"dataset_dict\.json ?{message}"):
+            read_sources([tmp_path / "saved"])
     with pytest.raises(FileNotFoundError):
         read_sources([tmp_path / "missing.lst"])
     with pytest.raises(ValueError, match="two clips have the key"):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -652,6 +653,53 @@ def test_resuming_in_another_precision_is_refused(stage1, clips, tmp_path, monke
     monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "bf16")
     with pytest.raises(ValueError, match="mixed_precision='bf16'; accepted with resume=True: 'no'"):
         Trainer(TrainingConfig(**values | {"resume": True}), clips)
+
+
+def edited(file: Path, **changed) -> None:
+    """Replaces entries of a JSON object, or takes out those that are None."""
+    content = json.loads(file.read_text()) | changed
+    file.write_text(json.dumps({name: value for name, value in content.items() if value is not None}))
+
+
+def test_options_that_an_older_checkpoint_lacks_had_their_defaults(stage1, clips, tmp_path):
+    values = options(stage1 / "checkpoint-200", tmp_path, max_steps=1, resume=True)
+    run(stage1 / "checkpoint-200", tmp_path, clips, max_steps=1)
+    document = tmp_path / "checkpoint-1" / "training.json"
+    older = json.loads(document.read_text())["config"]
+    del older["gain_db"], older["codes_column"]
+    edited(document, config=older)
+    assert Trainer(TrainingConfig(**values), clips).step == 1
+    with pytest.raises(ValueError, match="gain_db=3.0; accepted with resume=True: 0.0"):
+        Trainer(TrainingConfig(**values | {"gain_db": 3.0}), clips)
+
+
+def test_damaged_checkpoints_are_named(stage1, clips, tmp_path):
+    run(stage1 / "checkpoint-200", tmp_path, clips, clips.select(range(2)), max_steps=1)
+    config = TrainingConfig(**options(stage1 / "checkpoint-200", tmp_path, max_steps=1, resume=True))
+    for name, changed, message in (
+        ("checkpoint-1/training.json", {"config": None}, "config is missing; accepted: dict"),
+        ("checkpoint-1/training.json", {"config": [1]}, "config is of type list"),
+        ("checkpoint-1/training.json", {"processes": None}, "processes is missing"),
+        ("checkpoint-1/training.json", {"mixed_precision": None}, "mixed_precision is missing"),
+        ("checkpoint-1/training.json", {"data": None}, "data.train.fingerprint is missing"),
+        ("checkpoint-1/training.json", {"data": {"train": "speech"}}, "data.train.fingerprint is missing"),
+        ("checkpoint-1/trainer/state.json", {"step": "1"}, "step is of type str; accepted: int"),
+        ("checkpoint-1/trainer/state.json", {"scheduler": None}, "scheduler is missing"),
+        ("checkpoint-1/trainer/state.json", {"optimizer": {}}, "optimizer.param_groups is missing"),
+        ("checkpoint-1/trainer/state.json", {"discriminator_scheduler": None}, "discriminator_scheduler is missing"),
+        ("checkpoint-1/trainer/state.json", {"discriminator_optimizer": {}}, "discriminator_optimizer.param_groups"),
+        ("best/training.json", {"data": {"validation": None}}, "data.validation.fingerprint is missing"),
+        ("best/training.json", {"metrics": None}, "metrics is missing"),
+    ):
+        file = tmp_path / name
+        whole = file.read_text()
+        edited(file, **changed)
+        with pytest.raises(ValueError, match=f"^{re.escape(str(file))}: {re.escape(message)}"):
+            Trainer(config, clips, clips.select(range(2)))
+        file.write_text(whole)
+    (tmp_path / "checkpoint-1" / "training.json").write_text("[]")
+    with pytest.raises(ValueError, match=r"checkpoint-1/training\.json holds a list; accepted: a JSON object"):
+        Trainer(config, clips)
 
 
 # --- Validation and what lies beside the weights ---

@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import re
 from collections.abc import Iterable, Iterator, Sequence
@@ -13,6 +12,7 @@ from typing import Any
 
 from datasets import Features
 
+from .files import read_json
 from .sources import AUDIO_COLUMNS, FolderSource, Problem, Row, Source, open_source
 
 
@@ -150,11 +150,19 @@ def read_sources(
         if path.endswith(_LIST_SUFFIX):
             clips.add(SeedTTSEvalList(path, [], audio=list_audio))
         elif splits.is_file() and split is None:
-            for name in json.loads(splits.read_text(encoding="utf-8"))["splits"]:
+            for name in _splits(splits):
                 clips.add(open_source(os.path.join(path, name), columns, config=config))
         else:
             clips.add(open_source(path, columns, config=config, split=split))
     return clips
+
+
+def _splits(file: Path) -> list[str]:
+    """Names of a saved dataset's parts."""
+    names = read_json(file, {"splits": list})["splits"]
+    if not names or not all(isinstance(name, str) for name in names):
+        raise ValueError(f"{file}: splits are {names}; accepted: one or more names")
+    return names
 
 
 def _key(source: Source, row: Row | Problem) -> str:

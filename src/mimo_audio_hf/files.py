@@ -6,7 +6,7 @@ from __future__ import annotations
 import json
 import os
 import uuid
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -32,11 +32,14 @@ def replacing(path: Path) -> Iterator[Path]:
         temporary.unlink(missing_ok=True)
 
 
-def read_json(path: Path) -> dict[str, Any]:
+def read_json(path: Path, entries: Mapping[str, type] | None = None) -> dict[str, Any]:
     """A JSON object in a file.
 
+    Args:
+        entries: what it has to hold, and of which kind; `outer.inner` is an entry of an object in it.
+
     Raises:
-        ValueError: the file is missing, or holds something else.
+        ValueError: the file is missing, or holds something else; the message names it.
     """
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
@@ -44,4 +47,11 @@ def read_json(path: Path) -> dict[str, Any]:
         raise ValueError(f"{path} cannot be read: {error}; accepted: a JSON object") from error
     if not isinstance(content, dict):
         raise ValueError(f"{path} holds a {type(content).__name__}; accepted: a JSON object")
+    for name, kind in (entries or {}).items():
+        value: Any = content
+        for part in name.split("."):
+            value = value.get(part) if isinstance(value, dict) else None
+        if not isinstance(value, kind):
+            found = "missing" if value is None else f"of type {type(value).__name__}"
+            raise ValueError(f"{path}: {name} is {found}; accepted: {kind.__name__}")
     return content

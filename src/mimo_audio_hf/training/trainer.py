@@ -453,27 +453,36 @@ class Trainer:
         accelerator.wait_for_everyone()
 
     def _require_same_run(self, checkpoint: Path) -> None:
-        """Before anything is loaded: what a checkpoint says of its run is what this one says."""
-        found = read_json(checkpoint / TRAINING_NAME)
-        ours = json.loads(json.dumps(dataclasses.asdict(self.config)))
-        wanted = {name: (value, found["config"].get(name)) for name, value in ours.items()}
-        wanted |= {name: (value, found[name]) for name, value in self._launched().items()}
-        for name, (value, had) in wanted.items():
-            if name not in self.config.may_change and value != had:
+        """Before anything is loaded: what a checkpoint says of its run is what this one says.
+
+        Options that were added since it was written had their defaults.
+        """
+        found = read_json(checkpoint / TRAINING_NAME, {"config": dict, "processes": int, "mixed_precision": str})
+        defaults = TrainingConfig(output_dir=self.config.output_dir)
+        ours, theirs = (json.loads(json.dumps(dataclasses.asdict(config))) for config in (self.config, defaults))
+        launched = self._launched()
+        ours |= launched
+        theirs |= found["config"] | {name: found[name] for name in launched}
+        for name, value in ours.items():
+            if name not in self.config.may_change and value != theirs[name]:
+                had = theirs[name]
                 raise ValueError(f"{name}={value!r}; accepted with resume=True: {had!r}, as {checkpoint} has it")
 
     def _resume(self, checkpoint: Path) -> None:
-        found = read_json(checkpoint / TRAINING_NAME)
+        found = read_json(checkpoint / TRAINING_NAME, {"data.train.fingerprint": str})
         if found["data"]["train"]["fingerprint"] != self.train_clips.fingerprint:
             raise ValueError(f"the training data are not those of {checkpoint}; accepted with resume=True: the same")
-        state = read_json(checkpoint / checkpointing.STATE_NAME)
+        entries = {"step": int, "scheduler": dict, "optimizer.param_groups": list}
+        if self.trained.discriminator is not None:
+            entries |= {"discriminator_scheduler": dict, "discriminator_optimizer.param_groups": list}
+        state = read_json(checkpoint / checkpointing.STATE_NAME, entries)
         self.trained.load_state(lambda name: checkpointing.load_tensors(checkpoint, name), state)
         self.step = state["step"]
         best = self.directory / checkpointing.BEST / TRAINING_NAME
         if self.validation_clips is not None and best.is_file():
-            found = read_json(best)
+            found = read_json(best, {"data.validation.fingerprint": str, "metrics": dict})
             # Other clips or another metric: no comparison.
-            if (found["data"]["validation"] or {}).get("fingerprint") == self.validation_clips.fingerprint:
+            if found["data"]["validation"]["fingerprint"] == self.validation_clips.fingerprint:
                 self.best = found["metrics"].get(self.config.metric_for_best_model)
 
     def _launched(self) -> dict[str, Any]:
