@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import re
@@ -157,6 +158,20 @@ def run(model: Path, output_dir: Path, dataset: datasets.Dataset, validation=Non
     trainer = Trainer(TrainingConfig(**options(model, output_dir, **changed)), dataset, validation)
     trainer.train()
     return trainer
+
+
+def tokenized(dataset: datasets.Dataset, model: Path, **changed) -> datasets.Dataset:
+    return dataset.map(tokenize_audio, batched=True, fn_kwargs={"model": str(model), "device": "cpu"} | changed)
+
+
+def train_in_two_processes(values: dict, directory: Path) -> subprocess.CompletedProcess[str]:
+    """The command under torchrun, on CPUs, with a configuration that is written to the directory."""
+    (directory / "run.yaml").write_text(yaml.safe_dump(values))
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(mimo_audio_hf.__file__).parent.parent)}
+    environment |= {"ACCELERATE_USE_CPU": "true", "HF_DATASETS_CACHE": str(directory / "cache")}
+    arguments = ["-m", "mimo_audio_hf.cli", "train", str(directory / "run.yaml")]
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    return subprocess.run([sys.executable, *launcher, *arguments], env=environment, capture_output=True, text=True)
 
 
 def logged(directory: Path, name: str) -> list[float]:
@@ -387,10 +402,10 @@ def test_codes_that_are_there_are_used(stage1, clips, tmp_path, monkeypatch):
     start = stage1 / "checkpoint-200"
     whole = {"crop_seconds": 2.0, "quantizer_dropout": 0.5}
     run(start, tmp_path / "encoder", clips, clips.select(range(4)), **whole)
-    tokenized = clips.map(tokenize_audio, batched=True, fn_kwargs={"model": str(start), "device": "cpu"})
+    with_codes = tokenized(clips, start)
     AcceleratorState._reset_state(reset_partial_state=True)
     config = TrainingConfig(**options(start, tmp_path / "codes", codes_column="audio_codes", **whole))
-    trainer = Trainer(config, tokenized, tokenized.select(range(4)))
+    trainer = Trainer(config, with_codes, with_codes.select(range(4)))
     monkeypatch.setattr(trainer.tokenizer.encoder, "forward", None)
     trainer.train()
     assert_same_weights(tmp_path / "codes" / "checkpoint-4", tmp_path / "encoder" / "checkpoint-4", rtol=0, atol=1e-6)
@@ -401,12 +416,12 @@ def test_codes_that_are_there_are_used(stage1, clips, tmp_path, monkeypatch):
 def test_crops_of_codes(stage1, waveform, tmp_path):
     start = stage1 / "checkpoint-200"
     clip = datasets.Dataset.from_dict({"audio": [{"array": waveform[:50000], "sampling_rate": RATE}]})
-    tokenized = clip.map(tokenize_audio, batched=True, fn_kwargs={"model": str(start), "device": "cpu"})
+    with_codes = tokenized(clip, start)
     config = TrainingConfig(**options(start, tmp_path, codes_column="audio_codes", crop_seconds=0.5))
-    trainer = Trainer(config, tokenized)
+    trainer = Trainer(config, with_codes)
     reader = trainer._reader(trainer.train_clips, training=True)
     assert reader.used_samples(0) == 12 * 960  # of the 12.5 frames in half a second
-    codes = torch.tensor(tokenized["audio_codes"][0])
+    codes = torch.tensor(with_codes["audio_codes"][0])
     starts = set()
     for epoch in range(5):
         batch = reader[PlannedBatch(epoch, [0])]
@@ -423,10 +438,9 @@ def test_crops_shorter_than_the_losses_need_are_refused(stage1, clips, tmp_path)
         Trainer(TrainingConfig(**options(stage1 / "checkpoint-200", tmp_path, **short)), clips)
 
 
-def test_codes_of_others_are_refused(stage1, fresh, clips, tmp_path, caplog):
+def test_codes_that_cannot_be_a_clips_own_are_skipped(stage1, clips, tmp_path):
     start = stage1 / "checkpoint-200"
-    tokenized = clips.map(tokenize_audio, batched=True, fn_kwargs={"model": str(start), "device": "cpu"})
-    codes = [torch.tensor(each) for each in tokenized["audio_codes"]]
+    codes = [torch.tensor(each) for each in tokenized(clips, start)["audio_codes"]]
     damaged = [codes[0][:-1], codes[1][:, :3], codes[2] + 64, -codes[3] - 1, None, *codes[5:]]
     column = [None if each is None else each.tolist() for each in damaged]
     dataset = datasets.Dataset.from_list([{**clip, "codes": each} for clip, each in zip(clips, column, strict=True)])
@@ -446,12 +460,72 @@ def test_codes_of_others_are_refused(stage1, fresh, clips, tmp_path, caplog):
     binary = datasets.Dataset.from_list([{**clip, "codes": each} for clip, each in zip(clips, binary, strict=True)])
     with pytest.raises(ValueError, match="codes is torch.bool; accepted: integers"):
         Trainer(config, binary)
-    AcceleratorState._reset_state(reset_partial_state=True)
-    other = tmp_path / "other"
+
+
+@pytest.fixture(scope="module")
+def foreign(tmp_path_factory) -> Path:
+    """Another model of the same sizes."""
     torch.manual_seed(1)
-    MiMoAudioTokenizerModel(MiMoAudioTokenizerConfig(**MINI)).save_pretrained(other)
-    with pytest.raises(ValueError, match="accepted: codes that this model made"):
-        Trainer(TrainingConfig(**options(other, tmp_path, codes_column="audio_codes")), tokenized)
+    directory = tmp_path_factory.mktemp("checkpoints") / "foreign"
+    MiMoAudioTokenizerModel(MiMoAudioTokenizerConfig(**MINI)).save_pretrained(directory)
+    return directory
+
+
+def test_codes_of_another_model_are_an_error(stage1, foreign, clips, tmp_path, monkeypatch):
+    start = stage1 / "checkpoint-200"
+    own, others = tokenized(clips, start), tokenized(clips, foreign)
+    mixed = datasets.concatenate_datasets([own.select([0]), others.select(range(1, 20))])
+    config = TrainingConfig(**options(start, tmp_path, codes_column="audio_codes", key_column="name"))
+    for train, validation in ((others, None), (mixed, None), (own, others.select(range(4)))):
+        with pytest.raises(ValueError, match=r"clip clip\d+: \d+% of .*'audio_codes'.* codes that this model made"):
+            Trainer(config, train, validation)
+    rounded = tokenized(clips, start, dtype="bfloat16")
+    assert rounded["audio_codes"][:] != own["audio_codes"][:]
+    Trainer(config, rounded, rounded.select(range(4)))
+    monkeypatch.setattr(accelerate.Accelerator, "is_main_process", False)
+    Trainer(config, others)  # of other processes, none looks itself
+
+
+def test_codes_are_compared_in_few_short_clips(stage1, waveform, tmp_path, monkeypatch):
+    """Of long recordings alone, in the shortest, and no more of it than is encoded in one piece."""
+    start = stage1 / "checkpoint-200"
+    long = [np.resize(waveform, seconds * RATE) for seconds in (80, 70)]
+    short = [waveform[: (40 + number) * 960] for number in range(5)]
+    made = [
+        tokenized(datasets.Dataset.from_dict({"audio": [{"array": w, "sampling_rate": RATE} for w in audio]}), start)
+        for audio in (long, long + short)
+    ]
+    lengths: list[int] = []
+
+    def encode(model, waveforms, num_quantizers):
+        lengths.extend(map(len, waveforms))
+        return encode_waveforms(model, waveforms, num_quantizers)
+
+    monkeypatch.setattr("mimo_audio_hf.training.trainer.encode_waveforms", encode)
+    config = TrainingConfig(**options(start, tmp_path, codes_column="audio_codes"))
+    Trainer(config, made[1], made[0])
+    assert 60 * RATE <= lengths[0] < 60.1 * RATE
+    drawn = lengths[1:]
+    assert len(set(drawn)) == 3 and set(drawn) <= {len(each) for each in short}
+    Trainer(config, made[1])
+    assert lengths[4:] == drawn
+    monkeypatch.undo()
+    # After the first piece it is not looked at.
+    codes = [np.array(each) for each in made[0]["audio_codes"]]
+    for first, error in ((0, True), (1500, False)):
+        changed = [np.concatenate([each[:first], 31 - each[first:].clip(max=31)]) for each in codes]
+        dataset = made[0].remove_columns("audio_codes").add_column("audio_codes", [each.tolist() for each in changed])
+        with pytest.raises(ValueError, match=r"train\[1\]: \d+%") if error else contextlib.nullcontext():
+            Trainer(config, dataset)
+
+
+def test_two_processes_are_told_of_codes_of_another_model(stage1, foreign, clips, tmp_path):
+    tokenized(clips, foreign).save_to_disk(tmp_path / "data")
+    start = stage1 / "checkpoint-200"
+    values = options(start, tmp_path / "run", train_data=str(tmp_path / "data"), codes_column="audio_codes")
+    finished = train_in_two_processes(values, tmp_path)
+    assert finished.returncode != 0
+    assert finished.stderr.count("accepted: codes that this model made") == 2
 
 
 def test_quantizer_dropout_is_of_the_step_alone(stage1, clips, tmp_path):
@@ -542,12 +616,7 @@ def test_two_processes_are_one(stage, stage1, folder, tmp_path):
         max_steps=2,
         gradient_accumulation_steps=2,
     )
-    (tmp_path / "run.yaml").write_text(yaml.safe_dump(values))
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(mimo_audio_hf.__file__).parent.parent)}
-    environment |= {"ACCELERATE_USE_CPU": "true", "HF_DATASETS_CACHE": str(tmp_path / "cache")}
-    arguments = ["-m", "mimo_audio_hf.cli", "train", str(tmp_path / "run.yaml")]
-    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
-    finished = subprocess.run([sys.executable, *launcher, *arguments], env=environment, capture_output=True, text=True)
+    finished = train_in_two_processes(values, tmp_path)
     assert finished.returncode == 0, finished.stderr
     one = ["--output-dir", str(tmp_path / "one"), "--batch-seconds", "2.0"]
     assert main(["train", str(tmp_path / "run.yaml"), *one]) == 0

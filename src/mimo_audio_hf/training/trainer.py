@@ -18,6 +18,7 @@ import json
 import logging
 import math
 import platform
+import random
 import time
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -27,13 +28,14 @@ import accelerate
 import datasets
 import torch
 import transformers
+from accelerate.utils import broadcast_object_list
 from tqdm import tqdm
 
 from ..audio import save_audio
 from ..checkpoints import load_model
 from ..files import read_json, replacing
 from ..hub import TRAINING_NAME
-from ..inference import encode_waveforms
+from ..inference import MAX_PIECE_FRAMES, encode_waveforms
 from ..metrics import METRICS, Metric, require_metrics, require_package
 from ..version import __version__
 from . import checkpointing
@@ -49,6 +51,10 @@ from .step import TrainingStep, derived_seed, make_accelerator
 logger = logging.getLogger(__name__)
 
 LOG_NAME = "log.jsonl"
+
+# Codes that a data set brings are compared with the model's own in so many clips, of up to so many seconds each.
+_COMPARED_CLIPS = 3
+_COMPARED_SECONDS = 5.0
 
 # The metrics that are better when they are lower; all others are when they are higher.
 _LOWER_IS_BETTER = (RECONSTRUCTION, "mel_distance")
@@ -207,17 +213,50 @@ class Trainer:
                     total = len(clips) + len(clips.skipped)
                     logger.warning(f"{len(clips.skipped)} of {total} {name} clips are skipped ({some})")
         if config.codes_column is not None:
-            self._require_own_codes(self.train_clips)
+            self._require_own_codes()
 
-    def _require_own_codes(self, clips: Clips) -> None:
-        """That codes are this model's: the first codebook's of a clip, most of them, whatever dtype made them."""
-        waveform, _, codes = clips.load(0)
-        (own,) = encode_waveforms(self.tokenizer, [waveform], 1)
-        agreement = (own[:, 0] == cast(torch.Tensor, codes)[:, 0]).float().mean().item()
+    def _require_own_codes(self) -> None:
+        """That codes are this model's, as far as a few clips of each data set tell.
+
+        The main process looks, on the CPU in float32, and tells the others.
+        """
+        problem: list[str | None] = [None]
+        if self.accelerator.is_main_process:
+            try:
+                for clips in (self.validation_clips, self.train_clips):
+                    if clips is not None:
+                        for clip in self._compared_clips(clips):
+                            self._require_own_codes_of(clips, clip)
+            except ValueError as error:
+                problem = [str(error)]
+        broadcast_object_list(problem)
+        if problem[0] is not None:
+            raise ValueError(problem[0])
+
+    def _compared_clips(self, clips: Clips) -> list[int]:
+        """Random ones that are short, so that to encode them takes little time; where there is none, the shortest.
+
+        Not parts of long ones: attention reaches from end to end, so that a cut changes codes far from it as well.
+        """
+        short = [
+            clip for clip, length in enumerate(clips.lengths) if length <= _COMPARED_SECONDS * clips.sampling_rate
+        ]
+        if not short:
+            return [min(range(len(clips)), key=clips.lengths.__getitem__)]
+        return random.Random(f"codes {self.config.seed}").sample(short, min(_COMPARED_CLIPS, len(short)))
+
+    def _require_own_codes_of(self, clips: Clips, clip: int) -> None:
+        """Most of a clip's codes of the first codebook are those that it gets here, whatever dtype made them."""
+        waveform, _, codes = clips.load(clip)
+        # Longer audio than this is encoded in pieces, each on its own: the first tells enough.
+        _, samples = self.collator.extractor.samples_of_frames(0, MAX_PIECE_FRAMES, len(waveform))
+        (own,) = encode_waveforms(self.tokenizer, [waveform[:samples]], 1)
+        (frames,) = self.tokenizer.encoder.code_lengths([MAX_PIECE_FRAMES])
+        agreement = (own[:frames, 0] == cast(torch.Tensor, codes)[:frames, 0]).float().mean().item()
         if agreement < 0.5:
             raise ValueError(
-                f"clip {clips.keys[0]}: {agreement:.0%} of its codes in {self.config.codes_column!r} are those of "
-                f"{self.config.model}; accepted: codes that this model made"
+                f"clip {clips.keys[clip]}: {agreement:.0%} of its first codebook's codes in "
+                f"{self.config.codes_column!r} are those of {self.config.model}; accepted: codes that this model made"
             )
 
     def _reader(self, clips: Clips, *, training: bool) -> BatchReader:
