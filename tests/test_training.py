@@ -38,12 +38,14 @@ from mimo_audio_hf import (
     tokenize_audio,
 )
 from mimo_audio_hf.cli import main
+from mimo_audio_hf.modeling_mimo_audio_tokenizer import MiMoAudioTokenizerEncoder
 from mimo_audio_hf.training import NonFiniteLossError, Trainer
+from mimo_audio_hf.training.batch import Collator
 from mimo_audio_hf.training.config import TrainingConfig, read_yaml
 from mimo_audio_hf.training.data import Clips, PlannedBatch, open_dataset, plan_epoch, plan_run
 from mimo_audio_hf.training.losses import MultiScaleMelLoss
 from mimo_audio_hf.training.pictures import reconstruction_figure, save_figure, training_figure
-from mimo_audio_hf.training.step import make_accelerator
+from mimo_audio_hf.training.step import TrainingStep, make_accelerator
 
 
 RECORDING = Path(__file__).parent / "fixtures" / "audio" / "prompt_speech_en_m.wav"
@@ -145,7 +147,8 @@ def stage1(fresh, clips, tmp_path_factory) -> Path:
 
 @pytest.fixture(autouse=True)
 def fresh_accelerator_state():
-    """accelerate keeps one mixed precision a process."""
+    """accelerate keeps one mixed precision a process: that of the fixtures' runs, and of the test before."""
+    AcceleratorState._reset_state(reset_partial_state=True)
     yield
     AcceleratorState._reset_state(reset_partial_state=True)
 
@@ -342,12 +345,14 @@ class Waiting(TorchDispatchMode):
         return function(*args, **kwargs or {})
 
 
-@pytest.mark.parametrize("stage", [1, 2])
-def test_nothing_in_a_step_waits_for_the_gpu(stage, stage1, clips, tmp_path):
-    changed = {"stage": stage, "audio_to_text_weight": 0.0}
-    trainer = Trainer(TrainingConfig(**options(stage1 / "checkpoint-200", tmp_path, **changed)), clips)
+@pytest.mark.parametrize(("stage", "codes"), [(1, None), (2, None), (2, "audio_codes")])
+def test_nothing_in_a_step_waits_for_the_gpu(stage, codes, stage1, clips, tmp_path):
+    start = stage1 / "checkpoint-200"
+    changed = {"stage": stage, "audio_to_text_weight": 0.0, "codes_column": codes}
+    trainer = Trainer(TrainingConfig(**options(start, tmp_path, **changed)), tokenized(clips, start))
     reader = trainer._reader(trainer.train_clips, training=True)
     (batch,) = reader.loader(plan_epoch([RATE // 2] * 20, RATE * 20, 1, 0, 0), 0)
+    assert (batch.codes is None) == (codes is None)
     trainer.trained.train([batch], 0)  # the first asks whether the codebooks are set
     with Waiting():
         trainer.trained.backward(batch, 4, 1.0)
@@ -391,7 +396,7 @@ def test_gains(stage1, clips, tmp_path):
         return torch.stack(means)
 
     gains = ratios(True)
-    assert gains.min() >= 0.0999 and gains.max() <= 10.001
+    assert gains.min() >= 0.0999 and 1.5 < gains.max() <= 10.001
     assert gains.log10().std() > 0.2
     assert torch.equal(gains, ratios(True)) and not torch.equal(gains, ratios(True, epoch=1))
     assert torch.equal(ratios(False), torch.ones(20))
@@ -411,6 +416,25 @@ def test_codes_that_are_there_are_used(stage1, clips, tmp_path, monkeypatch):
     assert_same_weights(tmp_path / "codes" / "checkpoint-4", tmp_path / "encoder" / "checkpoint-4", rtol=0, atol=1e-6)
     name = "validation/reconstruction_loss"
     assert logged(tmp_path / "codes", name) == pytest.approx(logged(tmp_path / "encoder", name), abs=1e-6)
+
+
+def test_an_encoder_that_does_not_run_stays_as_it_is(stage1, waveform, tmp_path, monkeypatch):
+    """Neither moved to the device nor rounded."""
+    tokenizer = load_model(stage1 / "checkpoint-200", device="cpu")
+    clip = torch.from_numpy(waveform[:24000])
+    codes = encode_waveforms(tokenizer, [clip])
+
+    def refuse(self, *arguments):
+        raise AssertionError("the encoder is moved")
+
+    monkeypatch.setattr(MiMoAudioTokenizerEncoder, "_apply", refuse)
+    config = TrainingConfig(**options(Path(), tmp_path, codes_column="audio_codes", mixed_precision="bf16"))
+    trained = TrainingStep(config, make_accelerator(config), tokenizer)
+    trained.train([Collator(tokenizer.config, 4800)([clip], codes=codes)], 0)
+    assert tokenizer.encoder.quantizer.codebooks[0].embed.dtype == torch.bfloat16
+    assert tokenizer.encoder.conv1.weight.dtype == torch.float32
+    with pytest.raises(AssertionError, match="encoder is moved"):
+        tokenizer.to(torch.bfloat16)
 
 
 def test_crops_of_codes(stage1, waveform, tmp_path):
@@ -950,6 +974,9 @@ def test_a_loss_that_is_not_finite_names_the_clips(stage1, clips, tmp_path, monk
         ({"lr_scheduler_type": "warmup_stable_decay"}, "accepted: linear, cosine"),
         ({"adam_beta2": 1}, "adam_beta2=1.0; accepted: 0 to 1"),
         ({"validation_clips": 0}, "validation_clips=0; accepted: 1 or more"),
+        ({"codes_column": "codes", "stage": 1}, "codes_column='codes'; accepted: nothing in stage 1"),
+        ({"codes_column": "codes", "gain_db": 6}, "gain_db=6.0; accepted: 0 with codes"),
+        ({"gain_db": -6}, "gain_db=-6.0; accepted: 0 or more"),
         ({"max_steps": 1.5}, "max_steps=1.5; accepted: int"),
         ({"resume": 1}, "resume=1; accepted: bool"),
         ({"mel_scales": []}, r"mel_scales=\[\]; accepted: one or more integers from 2"),
@@ -1053,6 +1080,20 @@ def test_clips_of_every_kind(folder, waveform):
     assert one != two
     with pytest.raises(ValueError, match="no column 'sound'; accepted: audio"):
         Clips.inspect(decoded, "x", RATE, audio_column="sound")
+
+
+def test_codes_are_part_of_the_fingerprint(stage1, clips):
+    start = stage1 / "checkpoint-200"
+    collator = Collator(load_model(start, device="cpu").config, RATE)
+    with_codes = tokenized(clips.select(range(2)), start)
+    rows = with_codes.to_list()
+    rows[1]["audio_codes"][3][2] ^= 1
+    others = datasets.Dataset.from_list(rows, features=with_codes.features)
+    read = {"codes_column": "audio_codes", "collator": collator}
+    found = [Clips.inspect(dataset, "x", RATE, **read) for dataset in (with_codes, with_codes, others)]
+    assert all(each.lengths == found[0].lengths and not each.skipped for each in found)
+    assert found[0].fingerprint == found[1].fingerprint != found[2].fingerprint
+    assert found[0].fingerprint != Clips.inspect(with_codes, "x", RATE).fingerprint
 
 
 def test_clips_have_names_of_their_own(folder, waveform, tmp_path):
