@@ -878,6 +878,29 @@ def test_pictures(tmp_path):
     assert (tmp_path / "training.png").read_bytes().startswith(b"\x89PNG")
 
 
+@pytest.mark.filterwarnings("error")
+def test_pictures_of_nothing(tmp_path):
+    """Of a silent recording, whose scales would show nothing of what was decoded, and of a log without losses."""
+    extractor = MiMoAudioTokenizerFeatureExtractor()
+    silent, decoded = torch.zeros(RATE), torch.randn(RATE, generator=torch.Generator().manual_seed(0)) * 0.1
+    alone = reconstruction_figure(decoded, decoded, extractor)
+    figure = reconstruction_figure(silent, decoded, extractor)
+    for found, expected in zip(figure.axes, alone.axes, strict=True):
+        assert found.get_ylim() == expected.get_ylim()
+    for found, expected in zip(figure.axes[2:], alone.axes[2:], strict=True):
+        assert found.images[0].get_clim() == expected.images[0].get_clim()
+    save_figure(tmp_path / "silent.png", figure)
+    save_figure(tmp_path / "nothing.png", reconstruction_figure(silent, silent, extractor))
+    # The recording's own, where it has any.
+    loud = reconstruction_figure(decoded, 5 * decoded, extractor)
+    assert [axes.get_ylim() for axes in loud.axes] == [axes.get_ylim() for axes in alone.axes]
+    assert loud.axes[3].images[0].get_clim() == alone.axes[3].images[0].get_clim()
+    for log in ([], [{"step": 1, "train/learning_rate": 1.0}]):
+        figure = training_figure(log)
+        assert figure.axes == []
+        save_figure(tmp_path / "training.png", figure)
+
+
 # --- Bad data ---
 
 

@@ -11,6 +11,7 @@ import torch
 
 from ..feature_extraction_mimo_audio_tokenizer import MiMoAudioTokenizerFeatureExtractor
 from ..files import replacing
+from .data import SILENCE
 
 
 if TYPE_CHECKING:
@@ -23,13 +24,18 @@ _SHOWN_RANGE = 9.2
 def reconstruction_figure(
     recording: torch.Tensor, decoded: torch.Tensor, extractor: MiMoAudioTokenizerFeatureExtractor
 ) -> Figure:
-    """Waveforms and log-mels of a recording and of what was decoded, (samples,) both, on the same scales."""
+    """Waveforms and log-mels of a recording and of what was decoded, (samples,) both, on the same scales.
+
+    The scales are the recording's; where that is silent, those of what was decoded.
+    """
     from matplotlib.figure import Figure
 
     seconds = len(recording) / extractor.sampling_rate
     mels = [extractor.log_mel_spectrogram(waveform.cpu()) for waveform in (recording, decoded)]
-    loudest = float(mels[0].max())
-    peak = float(recording.abs().max())
+    peaks = [float(waveform.abs().max()) for waveform in (recording, decoded)]
+    measure = 1 if peaks[0] < SILENCE else 0
+    loudest = float(mels[measure].max())
+    peak = max(SILENCE, peaks[measure])
     figure = Figure(figsize=(10, 5), layout="constrained")
     panels = figure.subplots(2, 2, sharex=True, sharey="row")
     times = torch.arange(len(recording)) / extractor.sampling_rate
@@ -59,8 +65,8 @@ def training_figure(log: Iterable[Mapping[str, float]]) -> Figure:
             if name.endswith("_loss") or (name.startswith("validation/") and name.count("/") == 1):
                 curves.setdefault(name, {})[entry["step"]] = value
     names = list(dict.fromkeys(name.split("/")[1] for name in curves))
-    columns = min(4, len(names))
-    rows = -(-len(names) // columns)
+    columns = max(1, min(4, len(names)))
+    rows = max(1, -(-len(names) // columns))
     figure = Figure(figsize=(4 * columns, 3 * rows), layout="constrained")
     panels = figure.subplots(rows, columns, squeeze=False).flatten()
     for panel, name in zip(panels, names, strict=False):
