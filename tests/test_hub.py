@@ -372,11 +372,13 @@ def test_card_of_a_training_run(tiny_checkpoint, tmp_path):
         assemble_hub_repository(checkpoint, tmp_path / "other", released=True)
 
     document = training_document(stage=1, model=str(tiny_checkpoint)) | {"metrics": {}}
+    del document["config"]["mel_scales"]  # of a run from before the option
     (checkpoint / "training.json").write_text(json.dumps(document))
     card = ModelCard.load(assemble_hub_repository(checkpoint, tmp_path / "stage1") / "README.md")
     assert "base_model" not in card.data.to_dict() and str(tiny_checkpoint.parent) not in card.content
     assert "its codes are its own" in card.text and "was not validated at this step" in card.text
     assert "| `audio_to_text_weight` | 10.0 |" in card.text and "`adversarial_weight`" not in card.text
+    assert "mel_scales" not in card.text
     (checkpoint / "training.json").write_text('{"step": 1}')
     with pytest.raises(ValueError, match="training.json: .*accepted: what a training run writes"):
         assemble_hub_repository(checkpoint, tmp_path / "damaged")
