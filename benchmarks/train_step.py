@@ -18,12 +18,12 @@ from contextlib import ExitStack
 from pathlib import Path
 
 import torch
-from torch.utils.flop_counter import FlopCounterMode
 from workloads import floor_flops, measured_ceiling, mel_lengths, random_model, report, seconds_of
 
 from mimo_audio_hf import MiMoAudioTokenizerConfig
 from mimo_audio_hf.training.batch import Batch, Collator
 from mimo_audio_hf.training.config import TrainingConfig
+from mimo_audio_hf.training.discriminators import AudioDiscriminator
 from mimo_audio_hf.training.step import TrainingStep, make_accelerator
 
 
@@ -40,12 +40,18 @@ def random_batch(
     return collator(waveforms, codes=codes).to(device)
 
 
-def discriminator_flops(trained: TrainingStep, batch: Batch) -> float:
+def discriminator_flops(discriminator: AudioDiscriminator, batch: Batch, device: torch.device) -> float:
     """Of one forward of the discriminators on real and decoded segments."""
-    segments = torch.zeros(2 * len(batch.lengths), batch.segment_samples, device=trained.device)
-    with FlopCounterMode(display=False) as counter, torch.no_grad():
-        trained.discriminator(segments)
-    return float(counter.get_total_flops())
+    segments = torch.zeros(2 * len(batch.lengths), batch.segment_samples, device=device)
+    flops = 0
+    with torch.no_grad():
+        for kind in (discriminator.periods, discriminator.stft):
+            for layers in kind(segments)[0]:
+                # Not as the convolutions are computed, which multiplies zeros, too.
+                flops += sum(
+                    2 * out.numel() * conv.weight[0, 0].numel() for out, conv in zip(layers, kind.convs, strict=True)
+                )
+    return float(flops)
 
 
 def main() -> None:
@@ -98,7 +104,9 @@ def main() -> None:
 
     ceiling = measured_ceiling()
     encode, decode = floor_flops(config, mel_lengths(config, [args.clip_seconds] * args.clips))
-    discriminate = discriminator_flops(trained, batch)
+    discriminator = trained.discriminator
+    discriminator = discriminator.module if accelerator.num_processes > 1 else discriminator
+    discriminate = discriminator_flops(discriminator, batch, trained.device)
     floor = 3 * (decode + discriminate) / ceiling
     results = {
         "dtype": "bfloat16, float32 master weights",

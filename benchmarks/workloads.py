@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import platform
 import statistics
 import sys
@@ -103,9 +104,11 @@ def report(name: str, results: dict[str, Any], output: Path | None, device: str 
     # The place in this repository, wherever the file was written first.
     renamed = {str(output): f"benchmarks/results/{output.name}"} if output else {}
     arguments = [renamed.get(word, word) for word in sys.argv]
+    processes = os.environ.get("WORLD_SIZE")
+    launcher = f"torchrun --nproc_per_node={processes}" if processes else "python"
     document = {
         "benchmark": name,
-        "command": " ".join(["python", *arguments]),
+        "command": " ".join([launcher, *arguments]),
         "device": device or torch.cuda.get_device_name(),
         "versions": {
             "mimo_audio_hf": __version__,

@@ -144,6 +144,13 @@ def test_feature_matching_loss(layers):
     assert real[0][0].grad is None and fake[0][0].grad.any()
 
 
+def test_feature_matching_of_large_layers():
+    """Layers of a training step have tens of millions of elements: added up one by one, float32 would stand still."""
+    layer = torch.full((20_000_000,), 0.1)
+    loss = feature_matching_loss([[layer, layer]], [[layer + 0.3, layer]])
+    assert loss.item() == pytest.approx(0.3, rel=1e-5)
+
+
 FAMILIES = {
     "qwen2": {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "num_key_value_heads": 1,
               "intermediate_size": 24},

@@ -197,10 +197,12 @@ def test_half_precision_overflow_is_clamped():
     layout = model.encoder_layout([40])
     captured = []
     layer.register_forward_hook(lambda module, args, output: captured.append(output))
-    with torch.no_grad():
-        model.encode(torch.randn(40, 128), layout=layout)
-    assert captured[0].isfinite().all()
-    assert captured[0].max() == torch.finfo(torch.float16).max - 1000
+    for gradients in (False, True):
+        with torch.set_grad_enabled(gradients):
+            model.encode(torch.randn(40, 128), layout=layout)
+    for output in captured:
+        assert output.isfinite().all()
+        assert output.max() == torch.finfo(torch.float16).max - 1000
 
 
 # --- attention ---

@@ -7,9 +7,9 @@ Triton it does nothing. They save memory traffic and launches where PyTorch has 
 - attention within a narrow window (the vocoder's 40 and 10 frames with heads of 16), where one block of keys holds all
   that a block of queries sees, so that softmax needs no second pass. FlashAttention takes about six times as long.
 
-Both have gradients (of heads up to 32; gradients of gradients they have not). One clip's values that are not finite do
-not reach the others' results, but may reach their gradients: training stops at such a loss anyway. Everything else
-about attention is PyTorch's FlashAttention.
+Both have gradients (attention's are of heads up to 32), but no gradients of gradients. One clip's values that are not
+finite do not reach the others' results, but may reach their gradients; the trainer stops at such a loss. Everything
+else about attention is PyTorch's FlashAttention.
 """
 
 from __future__ import annotations

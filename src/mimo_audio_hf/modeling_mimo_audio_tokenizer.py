@@ -486,9 +486,11 @@ class MiMoAudioTokenizerLayer(GradientCheckpointingLayer):
         hidden_states = hidden_states + self.self_attn(self.self_attn_layer_norm(hidden_states), **attention_kwargs)
         feed_forward = self.fc2(self.activation_fn(self.fc1(self.final_layer_norm(hidden_states))))
         hidden_states = hidden_states + feed_forward
-        if hidden_states.dtype in (torch.float16, torch.bfloat16) and not hidden_states.requires_grad:
+        dtype = hidden_states.dtype
+        if dtype == torch.float16 or (dtype == torch.bfloat16 and not hidden_states.requires_grad):
             # Unconditionally: looking for infinities first, as upstream does, would make every layer wait for the GPU.
-            # In training an infinity is to be seen, and the limit's gradient would cost more than the norm's.
+            # bfloat16 reaches as far as float32: in training an infinity is to be seen, and the limit's gradient would
+            # cost more than the norm's.
             limit = torch.finfo(hidden_states.dtype).max - 1000
             hidden_states = hidden_states.clamp(-limit, limit)
         return hidden_states

@@ -94,7 +94,7 @@ class TrainingConfig:
     max_grad_norm: float = _option(1.0, "to which gradients are clipped, tokenizer and discriminators each")
     gradient_accumulation_steps: int = _option(1, "batches in a step")
     mixed_precision: str | None = _option(None, "no or bf16 (default: accelerate's configuration)")
-    torch_compile: bool = _option(False, "compile the transformer layers that are trained")
+    torch_compile: bool = _option(False, "compile the transformer layers")
     seed: int = _option(0, "of everything that is random")
 
     logging_steps: int = _option(10, "steps between two looks at the losses")
@@ -146,7 +146,11 @@ class TrainingConfig:
         for name in ("adam_beta1", "adam_beta2"):
             require(0 <= getattr(self, name) < 1, name, "0 to 1")
         require(0 <= self.gain_db < math.inf, "gain_db", "0 or more")
-        require(bool(self.mel_scales) and min(self.mel_scales) >= 2, "mel_scales", "one or more integers from 2")
+        require(
+            bool(self.mel_scales) and 2 <= min(self.mel_scales) <= max(self.mel_scales) <= 10,
+            "mel_scales",
+            "one or more integers from 2 to 10",
+        )
         require(self.codes_column is None or self.stage == 2, "codes_column", "nothing in stage 1, which makes codes")
         require(
             self.codes_column is None or self.gain_db == 0, "gain_db", "0 with codes, which are of clips as they are"

@@ -33,6 +33,7 @@ class SpectralNormConvs(nn.Module):
 
     Args:
         count: of sub-discriminators.
+        kernel_size: height and width, odd.
         stride: along the width.
         dilation: along the height.
         block: how many outputs are computed together.

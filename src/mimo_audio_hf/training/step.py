@@ -46,8 +46,9 @@ class BFloat16Compute(nn.Module):
     Autocast would keep the residual stream in float32 and round RoPE's frequencies otherwise than a bfloat16 model
     does: here a decoder is trained in the arithmetic that it will run in. Buffers stay as they are.
 
-    What runs is a copy without parameters of its own, which is given the rounded ones each time: functional_call does
-    that too, but takes longer than the GPU needs for the layers.
+    What runs is a copy that is given the rounded parameters each time: functional_call does that too, but takes longer
+    than the GPU needs for the layers. train() and eval() reach the copy through this module only; hooks and gradient
+    checkpointing have to be set before.
     """
 
     def __init__(self, module: nn.Module) -> None:
@@ -57,9 +58,9 @@ class BFloat16Compute(nn.Module):
         copied = copy.deepcopy(module, {id(tensor): tensor for tensor in tensors})
         self.places: dict[nn.Parameter, list[tuple[nn.Module, str]]] = {}  # a tied one has several
         for part in copied.modules():
-            for name, parameter in list(part.named_parameters(recurse=False)):
-                self.places.setdefault(parameter, []).append((part, name))
-                delattr(part, name)
+            for name, parameter in part._parameters.items():
+                if parameter is not None:
+                    self.places.setdefault(parameter, []).append((part, name))
         # A layer's parameters are rounded together: their gradients are then there while DDP still waits for others.
         layers = [part for part in module.modules() if isinstance(part, MiMoAudioTokenizerLayer)]
         self.groups = [list(layer.parameters()) for layer in layers]
@@ -76,7 +77,7 @@ class BFloat16Compute(nn.Module):
         for group in self.groups:
             for parameter, rounded in zip(group, _Rounded.apply(*group), strict=True):
                 for part, name in self.places[parameter]:
-                    part.__dict__[name] = rounded
+                    part._parameters[name] = rounded
         return self.running[0](*args)
 
 
@@ -189,13 +190,18 @@ class TrainingStep:
             }
             needed = tokenizer.encoder if config.codes_column is None else tokenizer.encoder.quantizer
             needed.to(self.device, torch.bfloat16 if self.half else torch.float32)
-        trained = running = trained.to(self.device)
+        running = trained
         # FSDP computes in bfloat16 itself.
         if self.half and self.accelerator.distributed_type != DistributedType.FSDP:
-            trained = BFloat16Compute(trained)
+            trained = BFloat16Compute(trained.to(self.device))
             running = trained.running[0]
         if config.torch_compile:
-            for module in (*running.modules(), *tokenizer.encoder.modules()):
+            # All layers share it: three widths or windows, with and without gradients, in training and validation.
+            torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 32)
+            modules = list(running.modules())
+            if config.stage == 2 and config.codes_column is None:
+                modules.extend(tokenizer.encoder.modules())
+            for module in modules:
                 if isinstance(module, MiMoAudioTokenizerLayer):
                     module.compile(dynamic=True)
         trained._no_split_modules = ["MiMoAudioTokenizerLayer"]  # type: ignore[assignment] # (for FSDP's wrapping)
