@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import logging
 import re
 import shutil
 from pathlib import Path
@@ -12,8 +11,20 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from mimo_audio_hf import MiMoAudioTokenizerConfig, MiMoAudioTokenizerFeatureExtractor, MiMoAudioTokenizerModel
+from mimo_audio_hf import (
+    MiMoAudioTokenizerConfig,
+    MiMoAudioTokenizerFeatureExtractor,
+    MiMoAudioTokenizerModel,
+    checkpoints,
+    decode_codes,
+    encode_waveforms,
+    load_audio,
+)
 from mimo_audio_hf.checkpoints import PRESETS, init_checkpoint, load_model
+from mimo_audio_hf.metrics import stoi
+
+
+SPEECH = Path(__file__).parent / "fixtures" / "audio" / "prompt_speech_en_m.wav"
 
 
 @pytest.fixture
@@ -44,7 +55,6 @@ def test_a_fresh_checkpoint_has_all_files_and_loads(tiny_checkpoint):
 
 
 def test_the_tiny_preset_is_the_released_model_in_small(tiny_checkpoint):
-    assert (tiny_checkpoint / "model.safetensors").stat().st_size < 11e6
     tiny, released = MiMoAudioTokenizerConfig(**PRESETS["tiny"]), MiMoAudioTokenizerConfig(**PRESETS["released"])
     for field in ("codebook_sizes", "sampling_rate", "hop_length", "nfft", "n_mels", "encoder_skip_layer_id"):
         assert getattr(tiny, field) == getattr(released, field)
@@ -91,12 +101,33 @@ def test_bad_arguments_write_nothing(tmp_path, arguments, fault):
 # --- Loading ---
 
 
-def test_tiny_is_said_to_be_untrained(caplog):
-    with caplog.at_level(logging.WARNING):
-        model = load_model("tiny", device="cpu")
-    assert "not trained" in caplog.text
-    assert model.config.name_or_path == "tiny"
-    assert not model.training
+def test_tiny_is_trained():
+    """Speech that it never saw is intelligible, and no longer so with what is left of it in one codebook."""
+    waveform = load_audio(SPEECH)
+    model = load_model("tiny", device="cpu")
+    assert (model.config.name_or_path, model.dtype, model.training) == ("tiny", torch.float32, False)
+    (codes,) = encode_waveforms(model, [waveform])
+    scores = [
+        stoi(waveform, decode_codes(model, [codes[:, :books]])[0][: len(waveform)], 24000) for books in (1, 8, 20)
+    ]
+    assert scores[0] < scores[1] <= scores[2] + 0.01
+    assert scores[2] > 0.9
+
+
+def test_tiny_is_small_and_says_what_made_it():
+    directory = Path(checkpoints.__file__).parent / "tiny"
+    assert sum(file.stat().st_size for file in directory.iterdir()) <= 12e6
+    preset = MiMoAudioTokenizerConfig(**PRESETS["tiny"]).to_dict()
+    found = MiMoAudioTokenizerConfig.from_pretrained(directory).to_dict()
+    assert {name: found[name] for name in PRESETS["tiny"]} == PRESETS["tiny"]
+    assert {name for name in preset if preset[name] != found[name]} <= {
+        "architectures",
+        "dtype",
+        "transformers_version",
+    }
+    training = json.loads((directory / "training.json").read_text())
+    assert training["config"]["stage"] == 2
+    assert "CC BY-SA 4.0" in (directory / "README.md").read_text()
 
 
 def test_device_dtype_and_attention_are_as_asked(tiny_checkpoint):
@@ -134,7 +165,7 @@ def test_the_tokenizer_of_a_language_models_directory(checkpoint, tmp_path):
     save_file({name: tensor for name, tensor in load_file(weights).items() if name.startswith("encoder.")}, weights)
 
     model = load_model(language_model, device="cpu")
-    assert model.config.d_model == 96
+    assert model.config.d_model == PRESETS["tiny"]["d_model"]
     assert model.decoder is None
 
 
@@ -143,7 +174,7 @@ def test_a_bare_config_as_upstream_has_it(checkpoint):
     (checkpoint / "config.json").write_text(
         json.dumps({name: fields[name] for name in fields.keys() - {"model_type", "architectures"}})
     )
-    assert load_model(checkpoint, device="cpu").config.d_model == 96
+    assert load_model(checkpoint, device="cpu").config.d_model == PRESETS["tiny"]["d_model"]
 
 
 def test_another_models_directory_is_refused(checkpoint):

@@ -407,9 +407,9 @@ def test_info_on_a_model(run, tiny_checkpoint):
     assert (status, err) == (0, [])
     assert fields(out) == [
         ("model", str(tiny_checkpoint)),
-        ("size", "1.8 M parameters, 5.4 MB with the codebooks"),
-        ("encoder", "4 layers, 3 heads of 32"),
-        ("decoder", "4 layers, 3 heads of 32; vocoder of 4 layers of width 128"),
+        ("size", "4.7 M parameters, 11.6 MB with the codebooks"),
+        ("encoder", "4 layers, 4 heads of 32"),
+        ("decoder", "4 layers, 4 heads of 32; vocoder of 6 layers of width 192"),
         ("audio", "24000 Hz, mono"),
         ("codes", "25 frames/s, 960 samples each"),
         ("codebooks", "20: 2 x 1024, 18 x 128 entries"),
@@ -454,7 +454,7 @@ def test_init_writes_a_checkpoint_once(run, tmp_path):
     directory = tmp_path / "new" / "checkpoint"
     status, out, err = run("init", directory, "--preset", "tiny", "--seed", 3)
     assert (status, err) == (0, [])
-    assert out[0].startswith("initialized 1.8 M parameters, 10.7 MB with the codebooks (tiny, seed 3) in ")
+    assert out[0].startswith("initialized 4.7 M parameters, 23.2 MB with the codebooks (tiny, seed 3) in ")
     assert out[0].endswith(f"-> {directory}")
     assert run("info", directory)[0] == 0
 

@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 import hashlib
-import logging
 import os
 import re
 import shutil
@@ -21,27 +20,31 @@ from .feature_extraction_mimo_audio_tokenizer import MiMoAudioTokenizerFeatureEx
 from .modeling_mimo_audio_tokenizer import MiMoAudioTokenizerModel
 
 
-logger = logging.getLogger(__name__)
-
 RELEASED_MODEL = "XiaomiMiMo/MiMo-Audio-Tokenizer"
 
 # What differs from the configuration's defaults.
 PRESETS: dict[str, dict[str, Any]] = {
     "released": {},
     "tiny": {
-        "d_model": 96,
+        "d_model": 128,
         "encoder_layers": 4,
-        "encoder_attention_heads": 3,
-        "encoder_ffn_dim": 384,
+        "encoder_attention_heads": 4,
+        "encoder_ffn_dim": 512,
         "decoder_layers": 4,
-        "decoder_attention_heads": 3,
-        "decoder_ffn_dim": 384,
-        "vocoder_dim": 128,
-        "vocoder_num_layers": 4,
-        "vocoder_attention_heads": 4,
-        "vocoder_intermediate_dim": 384,
+        "decoder_attention_heads": 4,
+        "decoder_ffn_dim": 512,
+        "vocoder_dim": 192,
+        "vocoder_num_layers": 6,
+        "vocoder_attention_heads": 6,
+        "vocoder_intermediate_dim": 768,
+        # As small models and the batches of one GPU need it to train.
+        "initializer_range": 0.1,
+        "threshold_ema_dead_code": 0.1,
     },
 }
+
+# The trained one of that size; recipes/tiny made it.
+_TINY = Path(__file__).with_name("tiny")
 
 # Where a model lies in a repository: MiMo-V2's language models have theirs in a folder.
 _SUBFOLDERS = ("", "audio_tokenizer")
@@ -64,7 +67,7 @@ def load_model(
 
     Args:
         model: a Hub id (`owner/name`); a directory, or a MiMo-V2 checkpoint with its tokenizer in the folder
-            `audio_tokenizer` (either may be on the Hub, too); `"tiny"`, the small preset, randomly initialized (a
+            `audio_tokenizer` (either may be on the Hub, too); `"tiny"`, the small trained model in this package (a
             directory of this name is `"./tiny"`); or a loaded model, which is returned itself, its mode unchanged.
         device: where to put it; by default CUDA if there is any, else MPS, else the CPU. A loaded model stays where it
             is by default.
@@ -83,12 +86,9 @@ def load_model(
         target = None if device is None else _available_device(device)
     else:
         target = _available_device(_default_device() if device is None else device)
+        loaded = _read_checkpoint(_TINY if model == "tiny" else model, weight_dtype, model_class)
         if model == "tiny":
-            logger.warning("the tiny model is randomly initialized, not trained: its codes and audio mean nothing")
-            loaded = _initialized_model("tiny", seed=0, model_class=model_class)
             loaded.config.name_or_path = "tiny"
-        else:
-            loaded = _read_checkpoint(model, weight_dtype, model_class)
         loaded.eval()
     if attn_implementation is not None:
         try:
@@ -103,7 +103,7 @@ def init_checkpoint(directory: str | os.PathLike[str], preset: str, seed: int = 
 
     Args:
         directory: where to; made if it does not exist.
-        preset: one of `PRESETS`: `"tiny"` (11 MB) or `"released"` (the released model's size, 4.9 GB).
+        preset: one of `PRESETS`: `"tiny"` (23 MB) or `"released"` (the released model's size, 4.9 GB).
         seed: of the weights, which it determines; the global random number generators are left alone.
 
     Returns:
@@ -142,9 +142,7 @@ def weights_digest(model: MiMoAudioTokenizerModel) -> str:
     return digest.hexdigest()[:16]
 
 
-def _initialized_model(
-    preset: str, seed: int, model_class: type[MiMoAudioTokenizerModel] = MiMoAudioTokenizerModel
-) -> MiMoAudioTokenizerModel:
+def _initialized_model(preset: str, seed: int) -> MiMoAudioTokenizerModel:
     if preset not in PRESETS:
         raise ValueError(f"preset={preset!r}; accepted: {', '.join(map(repr, PRESETS))}")
     if not 0 <= seed < 2**63:
@@ -152,7 +150,7 @@ def _initialized_model(
     # On the CPU and with its generator only, so that the weights do not depend on the machine.
     with torch.random.fork_rng(devices=[]), torch.device("cpu"):
         torch.default_generator.manual_seed(seed)
-        return model_class(MiMoAudioTokenizerConfig(**PRESETS[preset]))
+        return MiMoAudioTokenizerModel(MiMoAudioTokenizerConfig(**PRESETS[preset]))
 
 
 def _read_checkpoint(
