@@ -234,7 +234,7 @@ def test_feature_extractor_follows_the_configuration():
         (lambda tensors: tensors.update({"encoder.more": torch.zeros(1)}), "unexpected tensor encoder.more"),
         (
             lambda tensors: tensors.update({"decoder.layer_norm.bias": torch.zeros(5)}),
-            r"decoder.layer_norm.bias has shape \(5,\) instead of \(96,\)",
+            r"decoder.layer_norm.bias has shape \(5,\) instead of \(128,\)",
         ),
     ],
 )
@@ -303,7 +303,7 @@ def test_command(tiny_checkpoint, tmp_path, capsys):
     for path in (tmp_path / "repository").iterdir():
         assert path.name in printed
     args = parser.parse_args(["hub", str(tiny_checkpoint), str(tmp_path / "released"), "--released"])
-    with pytest.raises(ValueError, match="d_model=96; accepted: 1280"):
+    with pytest.raises(ValueError, match="d_model=128; accepted: 1280"):
         args.run(args)
 
 
