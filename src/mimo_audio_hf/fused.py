@@ -8,6 +8,7 @@ clips that turns queries and keys (RoPE) as it reads them. The first two have gr
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -426,6 +427,86 @@ def rotary_attention(
         KEYS=KEYS,
     )
     return output
+
+
+# --- Residual vector quantization ---
+
+
+@triton.jit
+def _residual_search_kernel(
+    halves,
+    gram,
+    offsets,
+    codes,
+    used,
+    entries,
+    num_quantizers,
+    BOOKS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+):
+    """Of a frame, the nearest entry in each codebook to what those before it left over."""
+    frame = tl.program_id(0).to(tl.int64)
+    books = tl.arange(0, BOOKS)
+    rows = tl.zeros([BOOKS], tl.int64)  # of the entries that were chosen, among all
+    for book in range(num_quantizers):
+        first = tl.load(offsets + book)
+        end = tl.load(offsets + book + 1)
+        nearest = float("inf")
+        chosen = first
+        for start in range(first, end, COLUMNS):
+            columns = start + tl.arange(0, COLUMNS)
+            inside = columns < end
+            half = tl.load(halves + frame * used + columns, inside, other=float("inf"))
+            before = (books < book)[:, None] & inside[None, :]
+            half += tl.sum(tl.load(gram + rows[:, None] * entries + columns[None, :], before, other=0.0), axis=0)
+            lowest, place = tl.min(half, axis=0, return_indices=True)
+            chosen = tl.where(lowest < nearest, start + place, chosen)
+            nearest = tl.minimum(lowest, nearest)
+        rows = tl.where(books == book, chosen, rows)
+        tl.store(codes + frame * num_quantizers + book, (chosen - first).to(tl.int64))
+
+
+class ResidualSearch:
+    """Residual vector quantization in one matrix product and one kernel.
+
+    The distance of what is left of a vector x to an entry e is, but for what all entries share,
+    |e|^2 / 2 - x e + (the entries chosen so far) e. The first two parts come from one product with all codebooks; the
+    products between entries are known beforehand.
+
+    Args:
+        codebooks: entries (size, dim) in float32, rounded to the model's dtype already.
+    """
+
+    def __init__(self, codebooks: Sequence[torch.Tensor], dtype: torch.dtype) -> None:
+        entries = torch.cat(list(codebooks))
+        self.sizes = [len(codebook) for codebook in codebooks]
+        self.offsets = torch.tensor([0, *self.sizes]).cumsum(0).to(entries.device, torch.int32)
+        self.entries = entries.to(dtype)
+        self.halves = entries.square().sum(-1) / 2
+        # In float64 once: those of twenty entries add up.
+        self.gram = (entries.double() @ entries.double().t()).float()
+
+    def __call__(self, features: torch.Tensor, num_quantizers: int) -> torch.Tensor:
+        """Features (n, dim) in the codebooks' dtype to codes (n, num_quantizers) int64."""
+        used = sum(self.sizes[:num_quantizers])
+        if features.dtype == torch.float32:
+            products = features @ self.entries[:used].t()
+        else:  # products of half-precision numbers are exact in float32
+            products = torch.mm(features, self.entries[:used].t(), out_dtype=torch.float32)
+        halves = self.halves[:used] - products
+        codes = torch.empty(len(features), num_quantizers, dtype=torch.long, device=features.device)
+        _residual_search_kernel[(len(features),)](
+            halves,
+            self.gram,
+            self.offsets,
+            codes,
+            used,
+            len(self.entries),
+            num_quantizers,
+            BOOKS=triton.next_power_of_2(num_quantizers),
+            COLUMNS=128,
+        )
+        return codes
 
 
 # --- Layers ---
