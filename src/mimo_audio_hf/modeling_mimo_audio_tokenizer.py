@@ -378,6 +378,9 @@ class AttentionBackend(NamedTuple):
     # What `attend` takes as its attention_mask, made once a call for each window.
     make_mask: Callable[[PackedSequences, Window], Any] | None = None
     rotary: Callable[..., tuple[torch.Tensor, torch.Tensor]] = apply_rotary
+    # Runs all layers of a stack and its final norm in its own way, where it can.
+    run_layers: Callable[..., torch.Tensor] | None = None
+    can_run_layers: Callable[..., bool] = lambda stack: True
     # Whether it takes float16 and bfloat16 on CUDA and nothing else.
     half_precision_on_cuda: bool = False
     # Whether the model may choose it by itself; asked where the model runs.
@@ -541,6 +544,10 @@ class MiMoAudioTokenizerStack(nn.Module):
         attention_masks = {
             window: backend.make_mask(sequences, window) if backend.make_mask else None for window in self.windows
         }
+        if backend.run_layers is not None and all_hidden_states is None and backend.can_run_layers(self):
+            return backend.run_layers(
+                self, hidden_states, position_embeddings, attention_masks, sequences, backend, skip_layer_id
+            )
         skip = None
         for number, layer in enumerate(self.layers, start=1):
             if all_hidden_states is not None:

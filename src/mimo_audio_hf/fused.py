@@ -1,0 +1,597 @@
+# Copyright 2026 The mimo-audio-hf authors. Licensed under the Apache License, Version 2.0.
+"""Triton kernels for what lies between a transformer layer's matrix products.
+
+The products run at the GPU's limit; the rest is memory traffic, and each of these passes over it once where PyTorch
+does several times: adding to the residual stream and the norm that follows; GELU with its bias; attention over packed
+clips that turns queries and keys (RoPE) as it reads them. The first two have gradients.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+import triton
+import triton.language as tl
+from torch import nn
+from torch.autograd.function import once_differentiable
+
+from .modeling_mimo_audio_tokenizer import (
+    AttentionBackend,
+    MiMoAudioTokenizerAttention,
+    MiMoAudioTokenizerLayer,
+    MiMoAudioTokenizerStack,
+    PackedSequences,
+    Window,
+)
+
+
+# Programs that share the rows of a gradient: a few for each of the GPU's processors.
+PROGRAMS = 512
+# Rows and columns of a tile of GELU's gradient, and rows that a program adds up.
+TILE_ROWS, TILE_COLUMNS, CHUNK = 16, 256, 512
+QUERIES, KEYS = 128, 64
+
+
+@triton.jit
+def _row(pointer, row, columns, inside):
+    return tl.load(pointer + row + columns, inside, other=0.0).to(tl.float32)
+
+
+@triton.jit
+def _add_norm_kernel(
+    hidden,
+    update,
+    bias,
+    weight,
+    shift,
+    hidden_out,
+    normed_out,
+    means,
+    scales,
+    limit,
+    eps,
+    dim: tl.constexpr,
+    BLOCK: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+    KEEPS: tl.constexpr,
+):
+    """Of a row, hidden + update + bias, and its layer norm."""
+    row = tl.program_id(0).to(tl.int64) * dim
+    columns = tl.arange(0, BLOCK)
+    inside = columns < dim
+    u = _row(update, row, columns, inside)
+    if HAS_BIAS:
+        u += _row(bias, 0, columns, inside)
+    x = _row(hidden, row, columns, inside) + u
+    # Rounded as what is stored, for that is what the plain path norms.
+    x = tl.minimum(tl.maximum(x, -limit), limit).to(hidden_out.dtype.element_ty)
+    tl.store(hidden_out + row + columns, x, inside)
+    x = x.to(tl.float32)
+    mean = tl.sum(x, axis=0) / dim
+    centered = tl.where(inside, x - mean, 0.0)
+    scale = tl.rsqrt(tl.sum(centered * centered, axis=0) / dim + eps)
+    normed = centered * scale * _row(weight, 0, columns, inside) + _row(shift, 0, columns, inside)
+    tl.store(normed_out + row + columns, normed, inside)
+    if KEEPS:
+        tl.store(means + tl.program_id(0), mean)
+        tl.store(scales + tl.program_id(0), scale)
+
+
+@triton.jit
+def _add_norm_gradient_kernel(
+    hidden,
+    hidden_gradient,
+    normed_gradient,
+    means,
+    scales,
+    weight,
+    gradient,
+    sums,
+    total,
+    rows,
+    dim: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """Of `rows` rows the gradient, and its sum and those of the norm's weight and shift over them."""
+    columns = tl.arange(0, BLOCK)
+    inside = columns < dim
+    w = _row(weight, 0, columns, inside)
+    bias_sum = tl.zeros([BLOCK], tl.float32)
+    weight_sum = tl.zeros([BLOCK], tl.float32)
+    shift_sum = tl.zeros([BLOCK], tl.float32)
+    for step in range(rows):
+        number = tl.program_id(0) * rows + step
+        valid = inside & (number < total)
+        row = number.to(tl.int64) * dim
+        scale = tl.load(scales + number, number < total, other=0.0)
+        mean = tl.load(means + number, number < total, other=0.0)
+        centered = tl.where(valid, (_row(hidden, row, columns, valid) - mean) * scale, 0.0)
+        g = _row(normed_gradient, row, columns, valid)
+        weight_sum += g * centered
+        shift_sum += g
+        g *= w
+        g -= tl.sum(g, axis=0) / dim + centered * (tl.sum(g * centered, axis=0) / dim)
+        g = tl.where(valid, g * scale, 0.0) + _row(hidden_gradient, row, columns, valid)
+        bias_sum += g
+        tl.store(gradient + row + columns, g, valid)
+    sums += tl.program_id(0) * 3 * dim + columns
+    tl.store(sums, bias_sum, inside)
+    tl.store(sums + dim, weight_sum, inside)
+    tl.store(sums + 2 * dim, shift_sum, inside)
+
+
+class _AddNorm(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        hidden_states: torch.Tensor,
+        update: torch.Tensor,
+        bias: torch.Tensor | None,
+        weight: torch.Tensor,
+        shift: torch.Tensor,
+        eps: float,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        means, scales = torch.empty(2, len(hidden_states), dtype=torch.float32, device=hidden_states.device)
+        # Nothing is limited: in training an infinity is to be seen.
+        summed, normed = _launch_add_norm(hidden_states, update, bias, weight, shift, eps, torch.inf, means, scales)
+        ctx.save_for_backward(summed, weight, means, scales)
+        ctx.has_bias = bias is not None
+        return summed, normed
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        summed, weight, means, scales = ctx.saved_tensors
+        hidden_gradient, normed_gradient = (gradient.contiguous() for gradient in gradients)
+        total, dim = summed.shape
+        rows = triton.cdiv(total, PROGRAMS)
+        programs = triton.cdiv(total, rows)
+        gradient = torch.empty_like(summed)
+        sums = torch.empty(programs, 3, dim, dtype=torch.float32, device=summed.device)
+        _add_norm_gradient_kernel[(programs,)](
+            summed,
+            hidden_gradient,
+            normed_gradient,
+            means,
+            scales,
+            weight,
+            gradient,
+            sums,
+            total,
+            rows,
+            dim=dim,
+            BLOCK=triton.next_power_of_2(dim),
+        )
+        bias_gradient, weight_gradient, shift_gradient = sums.sum(0).to(weight.dtype)
+        return gradient, gradient, bias_gradient if ctx.has_bias else None, weight_gradient, shift_gradient, None
+
+
+def _launch_add_norm(
+    hidden_states: torch.Tensor,
+    update: torch.Tensor,
+    bias: torch.Tensor | None,
+    weight: torch.Tensor,
+    shift: torch.Tensor,
+    eps: float,
+    limit: float,
+    means: torch.Tensor | None = None,
+    scales: torch.Tensor | None = None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    total, dim = hidden_states.shape
+    summed, normed = torch.empty_like(hidden_states), torch.empty_like(hidden_states)
+    _add_norm_kernel[(total,)](
+        hidden_states.contiguous(),
+        update.contiguous(),
+        bias,
+        weight,
+        shift,
+        summed,
+        normed,
+        means,
+        scales,
+        limit,
+        eps,
+        dim=dim,
+        BLOCK=triton.next_power_of_2(dim),
+        HAS_BIAS=bias is not None,
+        KEEPS=means is not None,
+    )
+    return summed, normed
+
+
+def add_norm(
+    hidden_states: torch.Tensor,
+    update: torch.Tensor,
+    weight: torch.Tensor,
+    shift: torch.Tensor,
+    eps: float,
+    bias: torch.Tensor | None = None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The residual stream `hidden_states + update + bias` and its layer norm, both (total_frames, dim).
+
+    Without a gradient, half-precision sums are limited as the plain layers limit them.
+    """
+    if torch.is_grad_enabled():
+        return _AddNorm.apply(hidden_states, update, bias, weight, shift, eps)
+    half = hidden_states.dtype in (torch.float16, torch.bfloat16)
+    limit = torch.finfo(hidden_states.dtype).max - 1000 if half else torch.inf
+    return _launch_add_norm(hidden_states, update, bias, weight, shift, eps, limit)
+
+
+@triton.jit
+def _gelu_kernel(states, bias, output, total, dim: tl.constexpr, BLOCK: tl.constexpr, HAS_BIAS: tl.constexpr):
+    offset = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    inside = offset < total
+    x = tl.load(states + offset, inside, other=0.0).to(tl.float32)
+    if HAS_BIAS:
+        x += tl.load(bias + offset % dim, inside, other=0.0).to(tl.float32)
+    tl.store(output + offset, 0.5 * x * (1 + tl.erf(x * 0.7071067811865476)), inside)
+
+
+@triton.jit
+def _gelu_gradient_kernel(
+    states,
+    bias,
+    gradient_out,
+    gradient,
+    sums,
+    total,
+    dim: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    CHUNK: tl.constexpr,
+):
+    columns = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
+    b = tl.load(bias + columns, columns < dim, other=0.0).to(tl.float32)
+    added = tl.zeros([COLUMNS], tl.float32)
+    for start in range(0, CHUNK, ROWS):
+        rows = tl.program_id(1).to(tl.int64) * CHUNK + start + tl.arange(0, ROWS)
+        inside = (rows < total)[:, None] & (columns < dim)[None, :]
+        offset = rows[:, None] * dim + columns[None, :]
+        x = tl.load(states + offset, inside, other=0.0).to(tl.float32) + b[None, :]
+        density = 0.3989422804014327 * tl.exp(-0.5 * x * x)
+        g = tl.load(gradient_out + offset, inside, other=0.0).to(tl.float32)
+        g *= 0.5 * (1 + tl.erf(x * 0.7071067811865476)) + x * density
+        tl.store(gradient + offset, g, inside)
+        added += tl.sum(g, axis=0)
+    tl.store(sums + tl.program_id(1) * dim + columns, added, columns < dim)
+
+
+class _BiasGelu(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, states: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
+        ctx.save_for_backward(states, bias)
+        return _launch_gelu(states, bias, torch.empty_like(states))
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        states, bias = ctx.saved_tensors
+        total, dim = states.shape
+        gradient = torch.empty_like(states)
+        chunks = triton.cdiv(total, CHUNK)
+        sums = torch.empty(chunks, dim, dtype=torch.float32, device=states.device)
+        _gelu_gradient_kernel[(triton.cdiv(dim, TILE_COLUMNS), chunks)](
+            states,
+            bias,
+            gradients[0].contiguous(),
+            gradient,
+            sums,
+            total,
+            dim=dim,
+            ROWS=TILE_ROWS,
+            COLUMNS=TILE_COLUMNS,
+            CHUNK=CHUNK,
+        )
+        return gradient, sums.sum(0).to(bias.dtype)
+
+
+def _launch_gelu(states: torch.Tensor, bias: torch.Tensor | None, output: torch.Tensor) -> torch.Tensor:
+    block = 4096
+    _gelu_kernel[(triton.cdiv(states.numel(), block),)](
+        states, bias, output, states.numel(), dim=states.shape[1], BLOCK=block, HAS_BIAS=bias is not None
+    )
+    return output
+
+
+def bias_gelu(states: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
+    """GELU (exact) of `states + bias`, (total_frames, dim)."""
+    if torch.is_grad_enabled():
+        return _BiasGelu.apply(states, bias)
+    return _launch_gelu(states, bias, torch.empty_like(states))
+
+
+def gelu_(states: torch.Tensor) -> torch.Tensor:
+    """GELU (exact) in place, without a gradient."""
+    return _launch_gelu(states, None, states)
+
+
+@triton.jit
+def _turned(states, cos, sin, rows, inside, stride, head, head_dim: tl.constexpr):
+    """Rows of a head, turned: their first halves and their second ones."""
+    half: tl.constexpr = head_dim // 2
+    channels = tl.arange(0, half)
+    place = states + rows[:, None] * stride + head * head_dim + channels[None, :]
+    x = tl.load(place, inside[:, None], other=0.0).to(tl.float32)
+    y = tl.load(place + half, inside[:, None], other=0.0).to(tl.float32)
+    angle = rows[:, None] * half + channels[None, :]
+    c = tl.load(cos + angle, inside[:, None], other=0.0).to(tl.float32)
+    s = tl.load(sin + angle, inside[:, None], other=0.0).to(tl.float32)
+    dtype = states.dtype.element_ty
+    return (x * c - y * s).to(dtype), (y * c + x * s).to(dtype)
+
+
+@triton.jit
+def _rotary_attention_kernel(
+    query,
+    key,
+    value,
+    cos,
+    sin,
+    cu_seqlens,
+    output,
+    stride,
+    scaling,
+    heads: tl.constexpr,
+    head_dim: tl.constexpr,
+    LEFT: tl.constexpr,
+    RIGHT: tl.constexpr,
+    QUERIES: tl.constexpr,
+    KEYS: tl.constexpr,
+):
+    """A block of a clip's queries, of one head, against the clip's keys within the window, block by block."""
+    start = tl.load(cu_seqlens + tl.program_id(2)).to(tl.int64)
+    length = (tl.load(cu_seqlens + tl.program_id(2) + 1) - start).to(tl.int32)
+    first = tl.program_id(0) * QUERIES
+    if first < length:
+        head = tl.program_id(1)
+        channels = tl.arange(0, head_dim)
+        at = first + tl.arange(0, QUERIES)
+        q1, q2 = _turned(query, cos, sin, start + at, at < length, stride, head, head_dim)
+        largest = tl.full([QUERIES], -1e30, tl.float32)
+        sums = tl.zeros([QUERIES], tl.float32)
+        attended = tl.zeros([QUERIES, head_dim], tl.float32)
+        begin, end = 0, length
+        if LEFT >= 0:
+            begin = tl.maximum(0, first - LEFT) // KEYS * KEYS
+        if RIGHT >= 0:
+            end = tl.minimum(length, first + QUERIES + RIGHT)
+        for block in range(begin, end, KEYS):
+            other = block + tl.arange(0, KEYS)
+            inside = other < length
+            k1, k2 = _turned(key, cos, sin, start + other, inside, stride, head, head_dim)
+            scores = tl.dot(q1, tl.trans(k1))
+            scores = tl.dot(q2, tl.trans(k2), scores) * (scaling * 1.4426950408889634)
+            seen = inside[None, :] & (other[None, :] < length)
+            if LEFT >= 0:
+                seen = seen & (other[None, :] >= at[:, None] - LEFT)
+            if RIGHT >= 0:
+                seen = seen & (other[None, :] <= at[:, None] + RIGHT)
+            scores = tl.where(seen, scores, -1e30)
+            highest = tl.maximum(largest, tl.max(scores, axis=1))
+            weights = tl.exp2(scores - highest[:, None])
+            shrunk = tl.exp2(largest - highest)
+            sums = sums * shrunk + tl.sum(weights, axis=1)
+            rows = (start + other)[:, None] * stride + head * head_dim + channels[None, :]
+            v = tl.load(value + rows, inside[:, None], other=0.0)
+            attended = tl.dot(weights.to(v.dtype), v, attended * shrunk[:, None])
+            largest = highest
+        rows = (start + at)[:, None] * (heads * head_dim) + head * head_dim + channels[None, :]
+        tl.store(output + rows, attended / sums[:, None], (at < length)[:, None])
+
+
+def rotary_attention(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    position_embeddings: tuple[torch.Tensor, torch.Tensor],
+    cu_seqlens: torch.Tensor,
+    max_seqlen: int,
+    heads: int,
+    window: tuple[int, int],
+) -> torch.Tensor:
+    """Attention of each clip to itself, without a gradient.
+
+    Args:
+        query, key, value: (total_frames, dim) before RoPE; their rows may lie apart, by one stride.
+        position_embeddings: cosines and sines (total_frames, 1, head_dim // 2).
+        cu_seqlens: (clips + 1,) int32, where clips begin; max_seqlen: frames of the longest.
+        window: frames to the left and to the right that are seen; -1 is unbounded.
+
+    Returns:
+        (total_frames, dim).
+    """
+    total, dim = query.shape
+    head_dim = dim // heads
+    output = query.new_empty(total, dim)
+    cos, sin = position_embeddings
+    grid = (triton.cdiv(max_seqlen, QUERIES), heads, len(cu_seqlens) - 1)
+    _rotary_attention_kernel[grid](
+        query,
+        key,
+        value,
+        cos,
+        sin,
+        cu_seqlens,
+        output,
+        query.stride(0),
+        head_dim**-0.5,
+        heads=heads,
+        head_dim=head_dim,
+        LEFT=window[0],
+        RIGHT=window[1],
+        QUERIES=QUERIES,
+        KEYS=KEYS,
+    )
+    return output
+
+
+# --- Residual vector quantization ---
+
+
+@triton.jit
+def _residual_search_kernel(
+    halves,
+    gram,
+    offsets,
+    codes,
+    used,
+    entries,
+    num_quantizers,
+    BOOKS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+):
+    """Of a frame, the nearest entry in each codebook to what those before it left over."""
+    frame = tl.program_id(0).to(tl.int64)
+    books = tl.arange(0, BOOKS)
+    rows = tl.zeros([BOOKS], tl.int64)  # of the entries that were chosen, among all
+    for book in range(num_quantizers):
+        first = tl.load(offsets + book)
+        end = tl.load(offsets + book + 1)
+        nearest = float("inf")
+        chosen = first
+        for start in range(first, end, COLUMNS):
+            columns = start + tl.arange(0, COLUMNS)
+            inside = columns < end
+            half = tl.load(halves + frame * used + columns, inside, other=float("inf"))
+            before = (books < book)[:, None] & inside[None, :]
+            half += tl.sum(tl.load(gram + rows[:, None] * entries + columns[None, :], before, other=0.0), axis=0)
+            lowest, place = tl.min(half, axis=0, return_indices=True)
+            chosen = tl.where(lowest < nearest, start + place, chosen)
+            nearest = tl.minimum(lowest, nearest)
+        rows = tl.where(books == book, chosen, rows)
+        tl.store(codes + frame * num_quantizers + book, (chosen - first).to(tl.int64))
+
+
+class ResidualSearch:
+    """Residual vector quantization in one matrix product and one kernel.
+
+    The distance of what is left of a vector x to an entry e is, but for what all entries share,
+    |e|^2 / 2 - x e + (the entries chosen so far) e. The first two parts come from one product with all codebooks; the
+    products between entries are known beforehand.
+
+    Args:
+        codebooks: entries (size, dim) in float32, rounded to the model's dtype already.
+    """
+
+    def __init__(self, codebooks: Sequence[torch.Tensor], dtype: torch.dtype) -> None:
+        entries = torch.cat(list(codebooks))
+        self.sizes = [len(codebook) for codebook in codebooks]
+        self.offsets = torch.tensor([0, *self.sizes]).cumsum(0).to(entries.device, torch.int32)
+        self.entries = entries.to(dtype)
+        self.halves = entries.square().sum(-1) / 2
+        # In float64 once: those of twenty entries add up.
+        self.gram = (entries.double() @ entries.double().t()).float()
+
+    def __call__(self, features: torch.Tensor, num_quantizers: int) -> torch.Tensor:
+        """Features (n, dim) in the codebooks' dtype to codes (n, num_quantizers) int64."""
+        used = sum(self.sizes[:num_quantizers])
+        if features.dtype == torch.float32:
+            products = features @ self.entries[:used].t()
+        else:  # products of half-precision numbers are exact in float32
+            products = torch.mm(features, self.entries[:used].t(), out_dtype=torch.float32)
+        halves = self.halves[:used] - products
+        codes = torch.empty(len(features), num_quantizers, dtype=torch.long, device=features.device)
+        _residual_search_kernel[(len(features),)](
+            halves,
+            self.gram,
+            self.offsets,
+            codes,
+            used,
+            len(self.entries),
+            num_quantizers,
+            BOOKS=triton.next_power_of_2(num_quantizers),
+            COLUMNS=128,
+        )
+        return codes
+
+
+# --- Layers ---
+
+
+def can_fuse(stack: MiMoAudioTokenizerStack) -> bool:
+    """Whether the layers are as this package made them: nothing replaces, wraps, watches, compiles or moves a part."""
+    if stack.config.activation_function != "gelu" or any(layer.gradient_checkpointing for layer in stack.layers):
+        return False
+    return all(
+        type(part) in _PLAIN
+        and not (part._forward_hooks or part._forward_pre_hooks or part._backward_hooks or part._backward_pre_hooks)
+        and part._compiled_call_impl is None
+        and "forward" not in vars(part)
+        for layer in stack.layers
+        for part in (layer, layer.self_attn, *layer.self_attn.children(), *layer.children())
+        if part is not layer.activation_fn
+    )
+
+
+_PLAIN = (MiMoAudioTokenizerLayer, MiMoAudioTokenizerAttention, nn.Linear, nn.LayerNorm)
+
+
+def run_layers(
+    stack: MiMoAudioTokenizerStack,
+    hidden_states: torch.Tensor,
+    position_embeddings: tuple[torch.Tensor, torch.Tensor],
+    attention_masks: dict[Window, Any],
+    sequences: PackedSequences,
+    backend: AttentionBackend,
+    skip_layer_id: int | None = None,
+) -> torch.Tensor:
+    """The stack's layers and final norm, each norm taken where its input is added up. For what [`can_fuse`] allows."""
+    layers = list(stack.layers)
+    normed = layers[0].self_attn_layer_norm(hidden_states)
+    skip = None
+    for number, layer in enumerate(layers, start=1):
+        attended = _attend(layer.self_attn, normed, position_embeddings, attention_masks, sequences, backend)
+        hidden_states, normed = _add_product(hidden_states, attended, layer.self_attn.out_proj, layer.final_layer_norm)
+        following = stack.layer_norm if number == len(layers) else layers[number].self_attn_layer_norm
+        hidden_states, normed = _add_product(hidden_states, _widen(layer.fc1, normed), layer.fc2, following)
+        if number == skip_layer_id:
+            skip = hidden_states
+    return normed if skip is None else stack.layer_norm(hidden_states + skip)
+
+
+def _attend(
+    attention: MiMoAudioTokenizerAttention,
+    normed: torch.Tensor,
+    position_embeddings: tuple[torch.Tensor, torch.Tensor],
+    attention_masks: dict[Window, Any],
+    sequences: PackedSequences,
+    backend: AttentionBackend,
+) -> torch.Tensor:
+    query, key, value = attention.q_proj(normed), attention.k_proj(normed), attention.v_proj(normed)
+    window = attention.window
+    if not torch.is_grad_enabled() and min(window) < 0:
+        heads = query.shape[1] // attention.head_dim
+        return rotary_attention(
+            query, key, value, position_embeddings, sequences.cu_seqlens, sequences.max_seqlen, heads, window
+        )
+    query, key, value = (states.unflatten(-1, (-1, attention.head_dim)) for states in (query, key, value))
+    query, key = backend.rotary(query, key, *position_embeddings)
+    output = backend.attend(
+        query,
+        key,
+        value,
+        attention_mask=attention_masks[window],
+        scaling=attention.scaling,
+        sequences=sequences,
+        window=window,
+    )
+    return output.flatten(1)
+
+
+def _add_product(
+    hidden_states: torch.Tensor, states: torch.Tensor, linear: nn.Linear, norm: nn.LayerNorm
+) -> tuple[torch.Tensor, torch.Tensor]:
+    # With a gradient the bias is added here, for its own gradient then costs no pass over the frames.
+    trained = torch.is_grad_enabled()
+    update = F.linear(states, linear.weight, None if trained else linear.bias)
+    return add_norm(hidden_states, update, norm.weight, norm.bias, norm.eps, linear.bias if trained else None)
+
+
+def _widen(linear: nn.Linear, states: torch.Tensor) -> torch.Tensor:
+    if torch.is_grad_enabled():
+        return bias_gelu(F.linear(states, linear.weight), linear.bias)
+    return gelu_(linear(states))
