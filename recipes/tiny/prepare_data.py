@@ -15,6 +15,7 @@ from __future__ import annotations
 import argparse
 import hashlib
 import io
+import os
 import re
 import subprocess
 from collections import Counter, defaultdict
@@ -165,6 +166,26 @@ def librivox(root: Path, package: str) -> Iterator[Recording]:
         yield Recording(key, path, "en", "pocketsphinx-librivox", package, "BSD-2-Clause")
 
 
+def flite(root: Path, package: str) -> Iterator[Recording]:
+    """The package's example text, read by a synthesizer's voices, of which three are men's."""
+    libraries = unpack("libflite1", root.parent) / "usr/lib"
+    (library,) = {path.parent for path in libraries.rglob("libflite.so.*")}
+    environment = os.environ | {"LD_LIBRARY_PATH": str(library)}
+    examples = (root / "usr/share/doc/flite/examples/alice").read_text(encoding="ascii")
+    # From the first chapter; what is before it is about the file.
+    words = " ".join(examples[examples.index("CHAPTER I") :].split())
+    sentences = re.findall(r"\S.{30,110}?(?:[.!?;:]['\")]*|,)(?=\s|$)", words)
+    for voice in ("awb", "kal16", "rms", "slt"):
+        for number, sentence in enumerate(sentences):
+            path = root / f"{voice}-{number:03}.wav"
+            if not path.is_file():
+                with replacing(path) as temporary:
+                    command = [root / "usr/bin/flite", "-voice", voice, "-t", sentence, "-o", temporary]
+                    subprocess.run(command, check=True, env=environment)
+            key = f"flite-{voice}-{number:03}"
+            yield Recording(key, path, "en", f"flite-{voice}", package, "MIT-Festival", sentence)
+
+
 SOURCES: dict[str, Callable[[Path, str], Iterator[Recording]]] = {
     **{f"asterisk-core-sounds-{language}-g722": asterisk for language in ("en", "es", "fr", "it", "ru")},
     "tuxpaint-stamps-default": tux_paint,
@@ -173,6 +194,7 @@ SOURCES: dict[str, Callable[[Path, str], Iterator[Recording]]] = {
     "klettres-data": klettres,
     "ktuberling-data": ktuberling,
     "gcin-voice": gcin,
+    "flite": flite,
     "pocketsphinx-testdata": librivox,
 }
 

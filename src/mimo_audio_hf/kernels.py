@@ -340,10 +340,14 @@ def _kernels_run(device: torch.device) -> bool:
 
 
 if triton is not None:
+    from . import fused
+
     modeling.register_attention(
         "triton_varlen",
         triton_attention_forward,
         rotary=triton_rotary,
+        run_layers=fused.run_layers,
+        can_run_layers=fused.can_fuse,
         half_precision_on_cuda=True,
         is_default=_kernels_run,
     )

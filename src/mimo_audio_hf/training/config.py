@@ -68,6 +68,7 @@ class TrainingConfig:
     crop_seconds: float = _option(6.0, "longer clips are cropped")
     min_seconds: float = _option(0.5, "shorter clips are skipped")
     gain_db: float = _option(0.0, "clips are made louder or softer by up to so many dB, at random")
+    equalizer_db: float = _option(0.0, "octaves of clips are made louder or softer by up to so many dB, at random")
     discriminator_seconds: float = _option(0.5, "length of the segments that the discriminators look at")
     dataloader_num_workers: int = _option(2, "processes that read, for each process")
 
@@ -145,16 +146,16 @@ class TrainingConfig:
             require(0 <= getattr(self, name) < math.inf, name, "0 or more")
         for name in ("adam_beta1", "adam_beta2"):
             require(0 <= getattr(self, name) < 1, name, "0 to 1")
-        require(0 <= self.gain_db < math.inf, "gain_db", "0 or more")
+        for name in ("gain_db", "equalizer_db"):
+            require(0 <= getattr(self, name) < math.inf, name, "0 or more")
+            as_they_are = self.codes_column is None or getattr(self, name) == 0
+            require(as_they_are, name, "0 with codes, which are of clips as they are")
         require(
             bool(self.mel_scales) and 2 <= min(self.mel_scales) <= max(self.mel_scales) <= 10,
             "mel_scales",
             "one or more integers from 2 to 10",
         )
         require(self.codes_column is None or self.stage == 2, "codes_column", "nothing in stage 1, which makes codes")
-        require(
-            self.codes_column is None or self.gain_db == 0, "gain_db", "0 with codes, which are of clips as they are"
-        )
         require(0 <= self.quantizer_dropout <= 1, "quantizer_dropout", "0 to 1")
         require(self.crop_seconds <= self.batch_seconds, "crop_seconds", f"at most batch_seconds={self.batch_seconds}")
 

@@ -31,6 +31,10 @@ from .batch import Batch, Collator
 
 # A clip that never gets louder than this (-80 dB of full scale) is silent.
 SILENCE = 1e-4
+
+# Where the octaves of the equalizer begin, in Hz.
+LOWEST_OCTAVE = 60.0
+
 # Batches that are shuffled together and then sorted by length: enough for like lengths, few enough to stay random.
 _POOL_BATCHES = 50
 
@@ -390,6 +394,7 @@ class BatchReader(TorchDataset["Batch | ValueError"]):
         *,
         crop_samples: int,
         gain_db: float,
+        equalizer_db: float,
         seed: int,
         process_index: int,
         num_processes: int,
@@ -399,6 +404,7 @@ class BatchReader(TorchDataset["Batch | ValueError"]):
         self.collator = collator
         self.crop_samples = crop_samples
         self.gain_db = gain_db
+        self.equalizer_db = equalizer_db
         self.seed = seed
         self.process_index = process_index
         self.num_processes = num_processes
@@ -416,11 +422,24 @@ class BatchReader(TorchDataset["Batch | ValueError"]):
         """Where codes are read, crops begin and end with one of them."""
         return 1 if self.clips.codes_column is None else self.collator.model.config.samples_per_frame
 
+    def _equalized(self, waveform: torch.Tensor, generator: random.Random) -> torch.Tensor:
+        """Octaves louder or softer, with no step between them and no phase of their own."""
+        if self.equalizer_db == 0:
+            return waveform
+        size = len(waveform) + self.clips.sampling_rate // 20  # what a filter moves over the end is cut off
+        octaves = torch.fft.rfftfreq(size, 1 / self.clips.sampling_rate).clamp(min=LOWEST_OCTAVE).div(LOWEST_OCTAVE)
+        octaves = octaves.log2()
+        gains = torch.tensor([generator.uniform(-1, 1) for _ in range(int(octaves[-1]) + 2)]) * self.equalizer_db
+        below = octaves.long()
+        curve = torch.lerp(gains[below], gains[below + 1], octaves - below)
+        return torch.fft.irfft(torch.fft.rfft(waveform, size) * 10 ** (curve / 20), size)[: len(waveform)]
+
     def _amplified(self, waveform: torch.Tensor, generator: random.Random) -> torch.Tensor:
         """Louder or softer, but never so loud that samples leave [-1, 1]."""
         gain = 10 ** (generator.uniform(-self.gain_db, self.gain_db) / 20)
         loudest = max(float(waveform.abs().max()), SILENCE)
-        return waveform * min(gain, max(1.0, 1 / loudest))
+        # What was recorded louder than that stays so, but for what the equalizer made of it.
+        return waveform * min(gain, 1 / loudest if self.equalizer_db else max(1.0, 1 / loudest))
 
     def __getitem__(self, planned: PlannedBatch) -> Batch | ValueError:  # type: ignore[override]
         mine = planned.clips[self.process_index :: self.num_processes]
@@ -435,7 +454,8 @@ class BatchReader(TorchDataset["Batch | ValueError"]):
                 step = self._crop_step
                 start = generator.randint(0, (len(waveform) - samples) // step) * step
                 segments.append(generator.random())
-                waveforms.append(self._amplified(waveform[start : start + samples], generator))
+                crop = self._equalized(waveform[start : start + samples], generator)
+                waveforms.append(self._amplified(crop, generator))
                 if self.tokenize is not None:
                     texts.append(self.tokenize(str(text)))
                 if codes is not None:

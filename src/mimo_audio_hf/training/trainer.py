@@ -266,6 +266,7 @@ class Trainer:
             self.collator,
             crop_samples=round((config.crop_seconds if training else config.batch_seconds) * clips.sampling_rate),
             gain_db=config.gain_db if training else 0.0,
+            equalizer_db=config.equalizer_db if training else 0.0,
             seed=config.seed,
             process_index=self.accelerator.process_index,
             num_processes=self.accelerator.num_processes,
