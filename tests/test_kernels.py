@@ -160,13 +160,13 @@ def test_gradients_of_a_model():
         model(features.cuda(), mask.cuda()).loss.backward()
         assert all(parameter.grad is not None for parameter in model.parameters())
         gradients.append(torch.cat([parameter.grad.flatten().float() for parameter in model.parameters()]))
-        if name == "triton_varlen":  # run again in the backward pass, the forward pass gives the same
+        if name == "triton_varlen":  # layers that run again in the backward pass are run apart
             model.zero_grad()
             model.gradient_checkpointing_enable()
             model(features.cuda(), mask.cuda()).loss.backward()
-            again = torch.cat([parameter.grad.flatten().float() for parameter in model.parameters()])
-            assert torch.cosine_similarity(again, gradients[0], dim=0) > 0.9999
-    assert torch.cosine_similarity(*gradients, dim=0) > 0.98
+            gradients.append(torch.cat([parameter.grad.flatten().float() for parameter in model.parameters()]))
+    for other in gradients[:-1]:
+        assert torch.cosine_similarity(other, gradients[-1], dim=0) > 0.98
 
 
 @torch.no_grad()

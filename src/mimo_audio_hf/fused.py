@@ -33,6 +33,7 @@ PROGRAMS = 512
 # Rows and columns of a tile of GELU's gradient, and rows that a program adds up.
 TILE_ROWS, TILE_COLUMNS, CHUNK = 16, 256, 512
 QUERIES, KEYS = 128, 64
+HEAD_DIMS = (32, 64, 128)  # of attention: a half of one is a factor of a product, of at least 16
 
 
 @triton.jit
@@ -514,6 +515,8 @@ class ResidualSearch:
 
 def can_fuse(stack: MiMoAudioTokenizerStack) -> bool:
     """Whether the layers are as this package made them: nothing replaces, wraps, watches, compiles or moves a part."""
+    if torch.compiler.is_compiling():  # the compiler fuses by itself
+        return False
     if stack.config.activation_function != "gelu" or any(layer.gradient_checkpointing for layer in stack.layers):
         return False
     return all(
@@ -563,7 +566,7 @@ def _attend(
 ) -> torch.Tensor:
     query, key, value = attention.q_proj(normed), attention.k_proj(normed), attention.v_proj(normed)
     window = attention.window
-    if not torch.is_grad_enabled() and min(window) < 0:
+    if not torch.is_grad_enabled() and min(window) < 0 and attention.head_dim in HEAD_DIMS:
         heads = query.shape[1] // attention.head_dim
         return rotary_attention(
             query, key, value, position_embeddings, sequences.cu_seqlens, sequences.max_seqlen, heads, window
