@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import random
 import re
 import shutil
 import signal
@@ -434,6 +435,31 @@ def test_gains(stage1, clips, tmp_path):
     assert gains.log10().std() > 0.2
     assert torch.equal(gains, ratios(True)) and not torch.equal(gains, ratios(True, epoch=1))
     assert torch.equal(ratios(False), torch.ones(20))
+
+
+def test_equalizer(stage1, clips, tmp_path):
+    """Random gains at octaves, in decibels linear between them, without a phase; validation has none."""
+    changed = {"equalizer_db": 9.0, "crop_seconds": 2.0}
+    trainer = Trainer(TrainingConfig(**options(stage1 / "checkpoint-200", tmp_path, **changed)), clips)
+    reader = trainer._reader(trainer.train_clips, training=True)
+    impulse = torch.zeros(RATE)
+    impulse[RATE // 2] = 1
+    response = reader._equalized(impulse, random.Random(1))
+    # As much before the impulse as after it.
+    torch.testing.assert_close(response[1 : RATE // 2], response[RATE // 2 + 1 :].flip(0), atol=1e-4, rtol=0)
+    decibels = 20 * torch.fft.rfft(response).abs().log10()
+    gains = decibels[[60 * 2**octave for octave in range(8)]]
+    assert gains.abs().max() < 9.1 and gains.std() > 2
+    between = decibels[[round(60 * 2 ** (octave + 0.5)) for octave in range(7)]]
+    torch.testing.assert_close(between, (gains[1:] + gains[:-1]) / 2, atol=0.2, rtol=0)
+
+    planned = PlannedBatch(0, list(range(20)))
+    batch = reader[planned]
+    assert batch.waveforms.abs().max() <= 1 + 1e-6
+    assert torch.equal(batch.waveforms, reader[planned].waveforms)
+    assert not torch.equal(batch.waveforms, reader[PlannedBatch(1, planned.clips)].waveforms)
+    unchanged = trainer._reader(trainer.train_clips, training=False)[planned].waveforms
+    assert torch.equal(unchanged, torch.cat([trainer.train_clips.load(clip)[0] for clip in planned.clips]))
 
 
 def test_codes_that_are_there_are_used(stage1, clips, tmp_path, monkeypatch):
@@ -1034,6 +1060,8 @@ def test_a_loss_that_is_not_finite_names_the_clips(stage1, clips, tmp_path, monk
         ({"codes_column": "codes", "stage": 1}, "codes_column='codes'; accepted: nothing in stage 1"),
         ({"codes_column": "codes", "gain_db": 6}, "gain_db=6.0; accepted: 0 with codes"),
         ({"gain_db": -6}, "gain_db=-6.0; accepted: 0 or more"),
+        ({"equalizer_db": float("inf")}, "equalizer_db=inf; accepted: 0 or more"),
+        ({"codes_column": "codes", "equalizer_db": 6}, "equalizer_db=6.0; accepted: 0 with codes"),
         ({"max_steps": 1.5}, "max_steps=1.5; accepted: int"),
         ({"resume": 1}, "resume=1; accepted: bool"),
         ({"mel_scales": []}, r"mel_scales=\[\]; accepted: one or more integers from 2 to 10"),

@@ -23,7 +23,7 @@ from mimo_audio_hf.files import replacing
 
 
 SAMPLING_RATE = 24000
-SPEEDS = [0.84, 0.92, 1.0, 1.1, 1.2]
+SPEEDS = [0.72, 0.8, 0.88, 0.96, 1.04, 1.14, 1.25]
 
 
 def parsed_speed(value: str) -> float:
