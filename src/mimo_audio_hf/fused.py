@@ -29,9 +29,9 @@ from .modeling_mimo_audio_tokenizer import (
 
 
 # Programs that share the rows of a gradient: a few for each of the GPU's processors.
-PROGRAMS = 512
+PROGRAMS = 1024
 # Rows and columns of a tile of GELU's gradient, and rows that a program adds up.
-TILE_ROWS, TILE_COLUMNS, CHUNK = 16, 256, 512
+TILE_ROWS, TILE_COLUMNS, CHUNK = 16, 256, 128
 QUERIES, KEYS = 128, 64
 HEAD_DIMS = (32, 64, 128)  # of attention: a half of one is a factor of a product, of at least 16
 

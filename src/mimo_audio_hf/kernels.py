@@ -339,6 +339,11 @@ def _kernels_run(device: torch.device) -> bool:
     return True
 
 
+def kernels_take(states: torch.Tensor) -> bool:
+    """Whether Triton kernels, these or others, can run on what a tensor holds."""
+    return triton is not None and states.is_cuda and states.dtype != torch.float64 and _kernels_run(states.device)
+
+
 if triton is not None:
     from . import fused
 

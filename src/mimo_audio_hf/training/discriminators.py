@@ -11,15 +11,19 @@ kernels each, and convolutions of the forms that GPUs are slowest at. Hence [`Sp
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from functools import partial
-from typing import cast
+from collections.abc import Sequence
+from itertools import pairwise
+from typing import NamedTuple, cast
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 
+from ..kernels import kernels_take
 from .losses import Features
+
+
+SLOPE = 0.1
 
 
 class SpectralNormConvs(nn.Module):
@@ -89,9 +93,8 @@ class SpectralNormConvs(nn.Module):
         norms = left[:, None] @ (self.weight.flatten(2) @ right[..., None])
         return self.weight / norms[..., None, None]
 
-    def convolutions(self) -> list[Callable[[torch.Tensor], torch.Tensor]]:
-        """Each sub-discriminator's: (segments, height, width, in_channels) to (segments, height, ceil(width / stride),
-        out_channels), in what autocast asks for; the norms are computed in float32."""
+    def convolutions(self) -> list[Convolution]:
+        """Each sub-discriminator's, in what autocast asks for; the norms are computed in float32."""
         device_type = self.weight.device.type
         with torch.autocast(device_type, enabled=False):
             weight = self.normalized()
@@ -99,26 +102,51 @@ class SpectralNormConvs(nn.Module):
                 weight = torch.einsum("noihk,gqjk->njohgqi", weight, self.placement).flatten(5).flatten(1, 2)
             else:
                 weight = weight.permute(0, 1, 3, 4, 2)
-        weight, bias = weight.contiguous(), self.bias.repeat(1, self.block)
+        weight, bias = weight.contiguous(), self.bias
         if torch.is_autocast_enabled(device_type):  # once for all that the weights are used for
             dtype = torch.get_autocast_dtype(device_type)
             weight, bias = weight.to(dtype), bias.to(dtype)
         weights = weight.movedim(4, 2).unbind()
-        return [partial(self._convolve, *each) for each in zip(weights, bias.unbind(), strict=True)]
+        return [Convolution(self, *each) for each in zip(weights, bias.unbind(), strict=True)]
 
-    def _convolve(self, weight: torch.Tensor, bias: torch.Tensor, hidden_states: torch.Tensor) -> torch.Tensor:
-        width = hidden_states.shape[2]
-        if width % self.group:
-            hidden_states = F.pad(hidden_states, (0, 0, 0, -width % self.group))
+
+class Convolution(NamedTuple):
+    """One sub-discriminator's layer, with the weight that it has in this step."""
+
+    layer: SpectralNormConvs
+    weight: torch.Tensor
+    bias: torch.Tensor
+
+    def width(self, width: int) -> int:
+        """Of the outputs."""
+        return -(-width // self.layer.stride)
+
+    def widened(self, width: int) -> int:
+        """A width in whole groups."""
+        return -(-width // self.layer.group) * self.layer.group
+
+    def grouped(self, hidden_states: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
+        """Of inputs that are zero where they are widened; as wide as the groups' outputs are."""
+        layer = self.layer
         outputs = F.conv2d(
-            hidden_states.unflatten(2, (-1, self.group)).flatten(3).permute(0, 3, 1, 2),  # channels last
-            weight,
-            bias,
-            padding=(self.padding[0], self.before),
-            dilation=(self.dilation, 1),
+            hidden_states.unflatten(2, (-1, layer.group)).flatten(3).permute(0, 3, 1, 2),  # channels last
+            self.weight,
+            None if bias is None else bias.repeat(layer.block),
+            padding=(layer.padding[0], layer.before),
+            dilation=(layer.dilation, 1),
         )
-        outputs = outputs.permute(0, 2, 3, 1).unflatten(3, (self.block, -1)).flatten(2, 3)
-        return outputs[:, :, : -(-width // self.stride)]
+        return outputs.permute(0, 2, 3, 1).unflatten(3, (layer.block, -1)).flatten(2, 3)
+
+    def __call__(self, hidden_states: torch.Tensor, width: int | None = None) -> torch.Tensor:
+        """Of inputs (segments, height, width, in_channels), which may be widened already, (segments, height, ceil(width
+        / stride), out_channels)."""
+        width = hidden_states.shape[2] if width is None else width
+        hidden_states = self.widen(hidden_states)
+        return self.grouped(hidden_states, self.bias)[:, :, : self.width(width)]
+
+    def widen(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        missing = self.widened(hidden_states.shape[2]) - hidden_states.shape[2]
+        return F.pad(hidden_states, (0, 0, 0, missing)) if missing else hidden_states
 
 
 class SubDiscriminators(nn.Module):
@@ -141,14 +169,29 @@ class SubDiscriminators(nn.Module):
         ]
 
 
-def _outputs(
-    layers: Sequence[Callable[[torch.Tensor], torch.Tensor]], hidden_states: torch.Tensor
-) -> list[torch.Tensor]:
+def _outputs(layers: Sequence[Convolution], hidden_states: torch.Tensor) -> list[torch.Tensor]:
+    if kernels_take(hidden_states):
+        return _outputs_of_kernels(layers, hidden_states)
     outputs = []
     for layer in layers[:-1]:
-        hidden_states = F.leaky_relu(layer(hidden_states), 0.1)
+        hidden_states = F.leaky_relu(layer(hidden_states), SLOPE)
         outputs.append(hidden_states)
     return [*outputs, layers[-1](hidden_states)]
+
+
+def _outputs_of_kernels(layers: Sequence[Convolution], hidden_states: torch.Tensor) -> list[torch.Tensor]:
+    """The same; between two convolutions a map is touched once."""
+    from .discriminator_kernels import bias_leaky_relu  # which imports Triton
+
+    outputs = []
+    width = hidden_states.shape[2]
+    hidden_states = layers[0].widen(hidden_states)
+    for layer, following in pairwise(layers):
+        width = layer.width(width)
+        grouped = layer.grouped(hidden_states).contiguous()
+        hidden_states, seen = bias_leaky_relu(grouped, layer.bias, SLOPE, width, following.widened(width))
+        outputs.append(seen)
+    return [*outputs, layers[-1](hidden_states, width)]
 
 
 class MultiPeriodDiscriminator(SubDiscriminators):

@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from ..feature_extraction_mimo_audio_tokenizer import LOG_MEL_FLOOR, mel_filters
+from ..kernels import kernels_take
 
 
 # Of a discriminator, for each sub-discriminator: its layers' outputs, the last of which is the logits.
@@ -147,5 +148,9 @@ def feature_matching_loss(real: Features, fake: Features) -> torch.Tensor:
 
 def _mean_distance(fake: torch.Tensor, real: torch.Tensor) -> torch.Tensor:
     """Mean absolute difference, added up in float32. Layers are large: nothing of their size is made in float32."""
+    if kernels_take(fake):
+        from .discriminator_kernels import distance  # which imports Triton
+
+        return distance(fake, real) / fake.numel()
     difference = (fake - real).abs()
     return difference.sum(dtype=torch.promote_types(difference.dtype, torch.float32)) / difference.numel()
