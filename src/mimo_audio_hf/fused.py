@@ -9,7 +9,7 @@ clips that turns queries and keys (RoPE) as it reads them. The first two have gr
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -29,9 +29,9 @@ from .modeling_mimo_audio_tokenizer import (
 
 
 # Programs that share the rows of a gradient: a few for each of the GPU's processors.
-PROGRAMS = 1024
+PROGRAMS = 528
 # Rows and columns of a tile of GELU's gradient, and rows that a program adds up.
-TILE_ROWS, TILE_COLUMNS, CHUNK = 16, 256, 128
+TILE_ROWS, TILE_COLUMNS, CHUNK = 32, 128, 256
 QUERIES, KEYS = 128, 64
 HEAD_DIMS = (32, 64, 128)  # of attention: a half of one is a factor of a product, of at least 16
 
@@ -165,6 +165,7 @@ class _AddNorm(torch.autograd.Function):
             rows,
             dim=dim,
             BLOCK=triton.next_power_of_2(dim),
+            num_warps=2,
         )
         bias_gradient, weight_gradient, shift_gradient = sums.sum(0).to(weight.dtype)
         return gradient, gradient, bias_gradient if ctx.has_bias else None, weight_gradient, shift_gradient, None
@@ -519,15 +520,22 @@ def can_fuse(stack: MiMoAudioTokenizerStack) -> bool:
         return False
     if stack.config.activation_function != "gelu" or any(layer.gradient_checkpointing for layer in stack.layers):
         return False
+    parts = [stack.layer_norm]
+    for layer in _layers(stack):
+        parts += [layer, layer.self_attn, *layer.self_attn.children(), *layer.children()]
+    activations = {layer.activation_fn for layer in _layers(stack)}
     return all(
         type(part) in _PLAIN
         and not (part._forward_hooks or part._forward_pre_hooks or part._backward_hooks or part._backward_pre_hooks)
         and part._compiled_call_impl is None
         and "forward" not in vars(part)
-        for layer in stack.layers
-        for part in (layer, layer.self_attn, *layer.self_attn.children(), *layer.children())
-        if part is not layer.activation_fn
+        for part in parts
+        if part not in activations
     )
+
+
+def _layers(stack: MiMoAudioTokenizerStack) -> list[MiMoAudioTokenizerLayer]:
+    return cast(list[MiMoAudioTokenizerLayer], list(stack.layers))
 
 
 _PLAIN = (MiMoAudioTokenizerLayer, MiMoAudioTokenizerAttention, nn.Linear, nn.LayerNorm)
@@ -543,17 +551,19 @@ def run_layers(
     skip_layer_id: int | None = None,
 ) -> torch.Tensor:
     """The stack's layers and final norm, each norm taken where its input is added up. For what [`can_fuse`] allows."""
-    layers = list(stack.layers)
-    normed = layers[0].self_attn_layer_norm(hidden_states)
+    layers = _layers(stack)
+    parts = [norm for layer in layers for norm in (layer.self_attn_layer_norm, layer.final_layer_norm)]
+    norms = [cast(nn.LayerNorm, norm) for norm in (*parts, stack.layer_norm)]
+    normed = norms[0](hidden_states)
     skip = None
-    for number, layer in enumerate(layers, start=1):
+    for number, layer in enumerate(layers):
         attended = _attend(layer.self_attn, normed, position_embeddings, attention_masks, sequences, backend)
-        hidden_states, normed = _add_product(hidden_states, attended, layer.self_attn.out_proj, layer.final_layer_norm)
-        following = stack.layer_norm if number == len(layers) else layers[number].self_attn_layer_norm
-        hidden_states, normed = _add_product(hidden_states, _widen(layer.fc1, normed), layer.fc2, following)
-        if number == skip_layer_id:
+        hidden_states, normed = _add_product(hidden_states, attended, layer.self_attn.out_proj, norms[2 * number + 1])
+        widened = _widen(layer.fc1, normed)
+        hidden_states, normed = _add_product(hidden_states, widened, layer.fc2, norms[2 * number + 2])
+        if number + 1 == skip_layer_id:
             skip = hidden_states
-    return normed if skip is None else stack.layer_norm(hidden_states + skip)
+    return normed if skip is None else norms[-1](hidden_states + skip)
 
 
 def _attend(

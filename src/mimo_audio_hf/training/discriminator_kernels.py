@@ -18,7 +18,7 @@ from torch.autograd.function import once_differentiable
 
 BLOCK = 2048  # elements of a program
 TILE = 2048  # elements that a gradient's program has at a time
-PROGRAMS = 2048  # of a gradient, about
+PROGRAMS = 1056  # of a gradient, about
 
 
 @triton.jit

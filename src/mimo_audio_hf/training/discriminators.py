@@ -102,7 +102,7 @@ class SpectralNormConvs(nn.Module):
                 weight = torch.einsum("noihk,gqjk->njohgqi", weight, self.placement).flatten(5).flatten(1, 2)
             else:
                 weight = weight.permute(0, 1, 3, 4, 2)
-        weight, bias = weight.contiguous(), self.bias
+        weight, bias = weight.contiguous(), cast(torch.Tensor, self.bias)
         if torch.is_autocast_enabled(device_type):  # once for all that the weights are used for
             dtype = torch.get_autocast_dtype(device_type)
             weight, bias = weight.to(dtype), bias.to(dtype)
@@ -138,8 +138,8 @@ class Convolution(NamedTuple):
         return outputs.permute(0, 2, 3, 1).unflatten(3, (layer.block, -1)).flatten(2, 3)
 
     def __call__(self, hidden_states: torch.Tensor, width: int | None = None) -> torch.Tensor:
-        """Of inputs (segments, height, width, in_channels), which may be widened already, (segments, height, ceil(width
-        / stride), out_channels)."""
+        """(segments, height, width, in_channels), which may be widened already, to (segments, height, ceil(width /
+        stride), out_channels)."""
         width = hidden_states.shape[2] if width is None else width
         hidden_states = self.widen(hidden_states)
         return self.grouped(hidden_states, self.bias)[:, :, : self.width(width)]
