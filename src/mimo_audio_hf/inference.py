@@ -151,7 +151,7 @@ def encode_stream(
     if not 0 <= overlap_seconds < math.inf:
         raise ValueError(f"overlap_seconds={overlap_seconds}; accepted: 0 or more")
     extractor = MiMoAudioTokenizerFeatureExtractor.from_config(model.config)
-    device = _device(model, model.encoder)
+    device = model_device(model, model.encoder)
     mels_per_code = model.config.stride_size * model.config.avg_pooler
     overlap = round(overlap_seconds * model.config.frame_rate) * mels_per_code
 
@@ -219,7 +219,7 @@ def decode_stream(
         The same keys in the same order with the clips' waveforms (samples_per_frame * L,), float32 on the CPU, or with
         the error of those for which a GPU's memory does not suffice.
     """
-    device = _device(model, model.decoder)
+    device = model_device(model, model.decoder)
     samples_per_frame = model.config.samples_per_frame
 
     def pieces(group: Iterable[tuple[Key, torch.Tensor]]) -> Iterator[_Piece]:
@@ -488,7 +488,7 @@ def _in_order(stream: Iterable[tuple[int, torch.Tensor | torch.OutOfMemoryError]
     return [results[index] for index in range(len(results))]
 
 
-def _device(model: MiMoAudioTokenizerModel, part: torch.nn.Module | None) -> torch.device:
+def model_device(model: MiMoAudioTokenizerModel, part: torch.nn.Module | None) -> torch.device:
     """Where a part of the model runs. Weights that accelerate has offloaded are on "meta" and run where others are."""
     weights = itertools.chain(model.parameters() if part is None else part.parameters(), model.parameters())
     return next((weight.device for weight in weights if not weight.is_meta), torch.device("cpu"))

@@ -1,0 +1,254 @@
+# Copyright 2026 The mimo-audio-hf authors. Licensed under the Apache License, Version 2.0.
+"""What the model's parts remember of streams, so that they run on new frames only.
+
+Rows stand for streams: a call runs some of them, all with the same number of new frames, each at its own position.
+A call changes nothing that it would need when it is repeated, until [`KeyValueCache.advance`] says that it went well.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+
+from .modeling_mimo_audio_tokenizer import (
+    AttentionBackend,
+    MiMoAudioTokenizerStack,
+    PackedGroupNorm,
+    PackedSequences,
+    Window,
+    _rotary_embedding,
+    apply_rotary,
+)
+
+
+# Angles of RoPE are float32: past this position (11 minutes at 50 Hz) a stream's positions start at 0 again, and its
+# keys are turned back by as much.
+MAX_POSITION = 2**15
+
+
+class KeyValueCache:
+    """Keys and values of a stack of causal layers: each layer's last ones, as far back as it looks.
+
+    Args:
+        stack: encoder or decoder; none of its layers may look ahead.
+        rows: how many streams.
+        max_frames: the most new frames of a stream in one call.
+        limit: how many frames back layers without a window look; None is all of them, in memory that grows with the
+            streams.
+        device, dtype: of keys and values.
+    """
+
+    def __init__(
+        self,
+        stack: MiMoAudioTokenizerStack,
+        *,
+        rows: int,
+        max_frames: int,
+        limit: int | None,
+        device: torch.device,
+        dtype: torch.dtype,
+    ) -> None:
+        if any(right != 0 for _, right in stack.windows):
+            raise ValueError(f"layers with windows {stack.windows}; accepted: layers that do not look ahead")
+        self.stack = stack
+        self.max_frames = max_frames
+        self.rows = rows
+        self.device = device
+        # Frames that each stream has had, and the one that RoPE counts from.
+        self.positions = [0] * rows
+        self._origins = [0] * rows
+        self._windows: dict[Window, int | None] = {
+            window: limit if window[0] < 0 else window[0] if limit is None else min(window[0], limit)
+            for window in stack.windows
+        }
+        # Rings: the frame at position p lies in slot p % slots. What a call overwrites no layer looks back to.
+        self._keys: list[torch.Tensor] = []
+        self._values: list[torch.Tensor] = []
+        weight: Any = stack.layer_norm.weight
+        heads = weight.shape[0] // stack.head_dim
+        for layer in stack.layers:
+            slots = (self._windows[self._window_of(layer)] or 0) + max_frames
+            for states in (self._keys, self._values):
+                states.append(torch.zeros(rows, slots, heads, stack.head_dim, device=device, dtype=dtype))
+
+    def run(self, hidden_states: torch.Tensor, rows: Sequence[int], skip_layer_id: int | None = None) -> torch.Tensor:
+        """All layers and the final norm over new frames.
+
+        Args:
+            hidden_states: (len(rows) * frames, dim), stream after stream, at most `max_frames` each.
+            rows: the streams, each once.
+            skip_layer_id: as in the stack's `run_layers`.
+
+        Returns:
+            (len(rows) * frames, dim)
+        """
+        frames = len(hidden_states) // len(rows)
+        row_index = torch.tensor(rows, device=self.device)
+        positions = torch.tensor([self.positions[row] for row in rows], device=self.device)
+        origins = torch.tensor([self._origins[row] for row in rows], device=self.device)
+        steps = torch.arange(frames, device=self.device)
+        new = positions[:, None] + steps
+        packed = PackedSequences.from_lengths([frames] * len(rows), self.device)
+        sequences = PackedSequences(
+            packed.cu_seqlens, frames, (new - origins[:, None]).flatten(), packed.sequence_ids
+        )
+        end = max(self.positions[row] for row in rows) + frames
+        everyone = list(rows) == list(range(self.rows))
+        layer = 0
+
+        def make_mask(sequences: PackedSequences, window: Window) -> tuple[torch.Tensor, torch.Tensor]:
+            """Slots (streams, frames) of the new frames, and which slots they see (streams, 1, frames, slots)."""
+            left = self._windows[window]
+            slots = self._grow(window, end) if left is None else left + self.max_frames
+            slot = torch.arange(min(slots, end), device=self.device)
+            # Whose frame is in a slot, new ones included: the last position that falls into it.
+            last = positions + frames - 1
+            held = last[:, None] - (last[:, None] - slot) % slots
+            seen = (held[:, None, :] <= new[:, :, None]) & (held[:, None, :] >= 0)
+            if left is not None:
+                seen &= held[:, None, :] >= new[:, :, None] - left
+            return new % slots, seen[:, None]
+
+        def attend(
+            query: torch.Tensor,
+            key: torch.Tensor,
+            value: torch.Tensor,
+            attention_mask: tuple[torch.Tensor, torch.Tensor],
+            scaling: float,
+            sequences: PackedSequences,
+            window: Window,
+        ) -> torch.Tensor:
+            nonlocal layer
+            slot, mask = attention_mask
+            held = []
+            for cached, states in ((self._keys[layer], key), (self._values[layer], value)):
+                cached[row_index[:, None], slot] = states.unflatten(0, (len(rows), -1)).to(cached.dtype)
+                cached = cached[:, : mask.shape[-1]]
+                held.append((cached if everyone else cached[row_index]).transpose(1, 2))
+            layer += 1  # the layers attend in order
+            query = query.unflatten(0, (len(rows), -1)).transpose(1, 2).to(held[0].dtype)
+            output = F.scaled_dot_product_attention(query, *held, attn_mask=mask, scale=scaling)
+            return output.transpose(1, 2).flatten(0, 1)
+
+        backend = AttentionBackend(attend, make_mask=make_mask)
+        return self.stack.run_layers(hidden_states, sequences, backend, skip_layer_id=skip_layer_id)
+
+    def advance(self, rows: Sequence[int], frames: int) -> None:
+        """Keeps what the last call of `run` added for these streams."""
+        for row in rows:
+            self.positions[row] += frames
+            shift = self.positions[row] - self._origins[row]
+            if shift >= MAX_POSITION:
+                self._turn_back(row, shift)
+                self._origins[row] = self.positions[row]
+
+    @torch.inference_mode()
+    def reset(self, row: int) -> None:
+        """Forgets a stream."""
+        self.positions[row] = self._origins[row] = 0
+        for states in (*self._keys, *self._values):
+            states[row] = 0  # masked, but a weight of zero would not take away what is not finite
+
+    def add_rows(self, rows: int) -> None:
+        """Room for more streams."""
+        self.rows += rows
+        self.positions += [0] * rows
+        self._origins += [0] * rows
+        for states in (self._keys, self._values):
+            states[:] = [torch.cat([each, each.new_zeros(rows, *each.shape[1:])]) for each in states]
+
+    def _grow(self, window: Window, end: int) -> int:
+        """Room for all frames before `end` in the layers of a window that is not bounded; the number of slots."""
+        slots = 0
+        for number, layer in enumerate(self.stack.layers):
+            if self._window_of(layer) != window:
+                continue
+            slots = self._keys[number].shape[1]
+            if slots < end:
+                slots = max(end, 2 * slots)
+                for states in (self._keys, self._values):
+                    missing = slots - states[number].shape[1]
+                    states[number] = F.pad(states[number], (0, 0, 0, 0, 0, missing))
+        return slots
+
+    @staticmethod
+    def _window_of(layer: Any) -> Window:
+        return layer.self_attn.window
+
+    def _turn_back(self, row: int, frames: int) -> None:
+        weight: Any = self.stack.layer_norm.weight
+        for keys in self._keys:
+            position = torch.tensor([-frames], device=keys.device)
+            cos, sin = _rotary_embedding(
+                position, self.stack.head_dim, self.stack.config.rope_theta, weight.dtype, torch.float32
+            )
+            turned, _ = apply_rotary(keys[row].float(), keys[row].float(), cos, sin)
+            keys[row] = turned.to(keys.dtype)
+
+
+class RunningGroupNorm:
+    """A group norm whose statistics are those of all frames that a stream has had so far.
+
+    Args:
+        norm: the model's.
+        rows: how many streams.
+        device: of the statistics, which are float32.
+    """
+
+    def __init__(self, norm: PackedGroupNorm, *, rows: int, device: torch.device) -> None:
+        self.norm = norm
+        self._frames = [0] * rows
+        self._mean = torch.zeros(rows, device=device)
+        self._variance = torch.zeros(rows, device=device)
+
+    def include(self, hidden_states: torch.Tensor, rows: Sequence[int]) -> tuple[torch.Tensor, torch.Tensor]:
+        """Mean and variance (streams,) of all frames of these streams, with new ones (streams, frames, dim)."""
+        x = hidden_states.float().flatten(1)
+        row_index = torch.tensor(rows, device=x.device)
+        frames = hidden_states.shape[1]
+        weight = torch.tensor([frames / (frames + self._frames[row]) for row in rows], device=x.device)
+        mean, variance = x.mean(1), x.var(1, correction=0)
+        change = mean - self._mean[row_index]
+        spread = weight * (1 - weight) * change.square()
+        return (
+            torch.lerp(self._mean[row_index], mean, weight),
+            torch.lerp(self._variance[row_index], variance, weight) + spread,
+        )
+
+    def statistics(self, rows: Sequence[int]) -> tuple[torch.Tensor, torch.Tensor]:
+        """Mean and variance (streams,) of all frames that these streams have had."""
+        row_index = torch.tensor(rows, device=self._mean.device)
+        return self._mean[row_index], self._variance[row_index]
+
+    def normalize(self, hidden_states: torch.Tensor, mean: torch.Tensor, variance: torch.Tensor) -> torch.Tensor:
+        """Frames (frames, dim), each with its own mean and variance (frames,)."""
+        centered = hidden_states.float() - mean[:, None]
+        scale = (variance + self.norm.eps).rsqrt()[:, None]
+        return (centered * scale * self.norm.weight + self.norm.bias).to(hidden_states.dtype)
+
+    def advance(self, rows: Sequence[int], frames: int, mean: torch.Tensor, variance: torch.Tensor) -> None:
+        """Keeps what `include` has found."""
+        row_index = torch.tensor(rows, device=mean.device)
+        self._mean[row_index] = mean
+        self._variance[row_index] = variance
+        for row in rows:
+            self._frames[row] += frames
+
+    @torch.inference_mode()
+    def reset(self, row: int) -> None:
+        """Forgets a stream."""
+        self._frames[row] = 0
+        self._mean[row] = self._variance[row] = 0
+
+    def add_rows(self, rows: int) -> None:
+        """Room for more streams."""
+        self._frames += [0] * rows
+        self._mean, self._variance = (
+            torch.cat([each, each.new_zeros(rows)]) for each in (self._mean, self._variance)
+        )
+
+
+__all__ = ["KeyValueCache", "RunningGroupNorm"]
