@@ -1,0 +1,88 @@
+# Copyright 2026 The mimo-audio-hf authors. Licensed under the Apache License, Version 2.0.
+"""Transformer layers in 8 bits, for speed at some cost in exactness: int8 on CPUs, FP8 on GPUs from Hopper on.
+
+Weights are rounded once, by output; inputs as they come, by frame. Convolutions, norms, attention, the codebooks and
+the vocoder's head stay as they are.
+"""
+
+from __future__ import annotations
+
+
+import torch
+from torch import nn
+
+from .modeling_mimo_audio_tokenizer import MiMoAudioTokenizerLayer, MiMoAudioTokenizerModel
+
+
+QUANTIZATIONS = {"int8": torch.int8, "fp8": torch.float8_e4m3fn}
+
+
+class QuantizedLinear(nn.Module):
+    """A linear layer whose weight is held in 8 bits and whose inputs are rounded to 8 bits, each row by its largest.
+
+    Args:
+        linear: whose weight is rounded; its bias is kept.
+        dtype: int8 or float8_e4m3fn.
+    """
+
+    weight: torch.Tensor
+    scale: torch.Tensor
+
+    def __init__(self, linear: nn.Linear, dtype: torch.dtype) -> None:
+        super().__init__()
+        weight, scale = round_rows(linear.weight.detach(), dtype)
+        self.register_buffer("weight", weight)
+        self.register_buffer("scale", scale.t())
+        self.bias = linear.bias
+
+    def forward(self, states: torch.Tensor) -> torch.Tensor:
+        """(frames, in_features) to (frames, out_features), in the states' dtype."""
+        rounded, scale = round_rows(states, self.weight.dtype)
+        if self.weight.dtype == torch.int8:
+            product = torch._int_mm(rounded, self.weight.t()).float().mul_(scale).mul_(self.scale).to(states.dtype)
+            return product if self.bias is None else product.add_(self.bias)
+        return torch._scaled_mm(
+            rounded, self.weight.t(), scale, self.scale, self.bias, out_dtype=states.dtype, use_fast_accum=True
+        )
+
+
+def round_rows(states: torch.Tensor, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
+    """Rows in 8 bits, and what they are to be multiplied with, (rows, 1) in float32."""
+    largest = 127.0 if dtype == torch.int8 else torch.finfo(dtype).max
+    # A row of zeros stays one.
+    scale = states.abs().amax(-1, keepdim=True).float().clamp(min=1e-12) / largest
+    scaled = states.float() / scale
+    return (scaled.round() if dtype == torch.int8 else scaled).to(dtype), scale
+
+
+def quantize(model: MiMoAudioTokenizerModel, quantization: str) -> MiMoAudioTokenizerModel:
+    """Rounds the transformer layers' products to 8 bits, in place. It cannot be undone, trained or saved.
+
+    Args:
+        model: in evaluation mode, on the device where it is to run.
+        quantization: `"int8"`, on a CPU, or `"fp8"`, in bfloat16 on a GPU of compute capability 8.9 or more (Ada,
+            Hopper).
+
+    Raises:
+        ValueError: of another name, or where the device or dtype cannot do it.
+    """
+    if quantization not in QUANTIZATIONS:
+        raise ValueError(f"quantization={quantization!r}; accepted: {', '.join(map(repr, QUANTIZATIONS))}")
+    device = model.device
+    if quantization == "int8" and device.type != "cpu":
+        raise ValueError(f"quantization='int8' on {device}; accepted: on a CPU")
+    if quantization == "fp8":
+        if device.type != "cuda" or torch.cuda.get_device_capability(device) < (8, 9):
+            name = torch.cuda.get_device_name(device) if device.type == "cuda" else device
+            raise ValueError(f"quantization='fp8' on {name}; accepted: a GPU of compute capability 8.9 or more")
+        if model.dtype != torch.bfloat16:
+            raise ValueError(f"quantization='fp8' of a model in {model.dtype}; accepted: bfloat16")
+    if model.training:
+        raise ValueError("quantization of a model in training mode; accepted: after model.eval()")
+    for layer in model.modules():
+        if isinstance(layer, MiMoAudioTokenizerLayer):
+            for part in (layer, layer.self_attn):
+                for name, linear in list(part.named_children()):
+                    if isinstance(linear, nn.Linear):
+                        setattr(part, name, QuantizedLinear(linear, QUANTIZATIONS[quantization]))
+    return model
