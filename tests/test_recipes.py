@@ -12,8 +12,11 @@ import pytest
 import soundfile
 from datasets import Audio, Dataset, load_dataset
 
+from mimo_audio_hf.training.config import TrainingConfig, read_yaml
 
-VARY_SPEED = Path(__file__).parent.parent / "recipes" / "tiny" / "vary_speed.py"
+
+TINY = Path(__file__).parent.parent / "recipes" / "tiny"
+VARY_SPEED = TINY / "vary_speed.py"
 RATE = 24000
 
 
@@ -72,3 +75,12 @@ def test_speeds_that_make_no_sense_are_refused(arguments, message, clips, tmp_pa
         vary_speed(monkeypatch, clips, tmp_path / "varied.parquet", *arguments)
     assert message in capsys.readouterr().err
     assert not (tmp_path / "varied.parquet").exists()
+
+
+def test_what_the_recipes_ask_for_exists():
+    first, second = (TrainingConfig.from_values(read_yaml(TINY / name)) for name in ("stage1.yaml", "stage2.yaml"))
+    assert (first.stage, second.stage) == (1, 2)
+    # The second goes on from the last checkpoint of the first.
+    assert second.model == f"{first.output_dir}/checkpoint-{first.max_steps}"
+    commands = (TINY / "README.md").read_text()
+    assert f"{second.output_dir}/checkpoint-{second.max_steps} src/mimo_audio_hf/tiny" in commands

@@ -214,13 +214,20 @@ def add_norm(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """The residual stream `hidden_states + update + bias` and its layer norm, both (total_frames, dim).
 
-    Without a gradient, half-precision sums are limited as the plain layers limit them.
+    Half-precision sums are limited where the plain layers limit them.
     """
-    if torch.is_grad_enabled():
-        return _AddNorm.apply(hidden_states, update, bias, weight, shift, eps)
-    half = hidden_states.dtype in (torch.float16, torch.bfloat16)
-    limit = torch.finfo(hidden_states.dtype).max - 1000 if half else torch.inf
-    return _launch_add_norm(hidden_states, update, bias, weight, shift, eps, limit)
+    dtype = hidden_states.dtype
+    inputs = [tensor for tensor in (hidden_states, update, weight, shift, bias) if tensor is not None]
+    differentiated = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in inputs)
+    limited = dtype == torch.float16 or (dtype == torch.bfloat16 and not differentiated)
+    limit = torch.finfo(dtype).max - 1000 if limited else torch.inf
+    if not differentiated:
+        return _launch_add_norm(hidden_states, update, bias, weight, shift, eps, limit)
+    if limited:  # float16: rarely trained, so the limit's gradient has no kernel
+        summed = hidden_states + update if bias is None else hidden_states + (update + bias)
+        summed = summed.clamp(-limit, limit)
+        return summed, F.layer_norm(summed, weight.shape, weight, shift, eps)
+    return _AddNorm.apply(hidden_states, update, bias, weight, shift, eps)
 
 
 @triton.jit
