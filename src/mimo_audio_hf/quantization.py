@@ -7,6 +7,8 @@ the vocoder's head stay as they are.
 
 from __future__ import annotations
 
+from functools import partial
+from typing import Any
 
 import torch
 from torch import nn
@@ -15,6 +17,9 @@ from .modeling_mimo_audio_tokenizer import MiMoAudioTokenizerLayer, MiMoAudioTok
 
 
 QUANTIZATIONS = {"int8": torch.int8, "fp8": torch.float8_e4m3fn}
+# What is not rounded to 8 bits.
+REMAINDER_DTYPES = {"int8": torch.float32, "fp8": torch.bfloat16}
+FP8_COMPUTE_CAPABILITY = (8, 9)
 
 
 class QuantizedLinear(nn.Module):
@@ -25,13 +30,12 @@ class QuantizedLinear(nn.Module):
         dtype: int8 or float8_e4m3fn.
     """
 
-    weight: torch.Tensor
     scale: torch.Tensor
 
     def __init__(self, linear: nn.Linear, dtype: torch.dtype) -> None:
         super().__init__()
         weight, scale = round_rows(linear.weight.detach(), dtype)
-        self.register_buffer("weight", weight)
+        self.weight = nn.Parameter(weight, requires_grad=False)
         self.register_buffer("scale", scale.t())
         self.bias = linear.bias
 
@@ -55,34 +59,47 @@ def round_rows(states: torch.Tensor, dtype: torch.dtype) -> tuple[torch.Tensor, 
     return (scaled.round() if dtype == torch.int8 else scaled).to(dtype), scale
 
 
+def quantization_of(model: MiMoAudioTokenizerModel) -> str | None:
+    """`"int8"`, `"fp8"` or, of a model as it was loaded, None."""
+    for module in model.modules():
+        if isinstance(module, QuantizedLinear):
+            return next(name for name, dtype in QUANTIZATIONS.items() if dtype == module.weight.dtype)
+    return None
+
+
+def check_quantization(quantization: str, device: torch.device) -> None:
+    """Raises ValueError where a device cannot do it."""
+    if quantization == "int8" and device.type != "cpu":
+        raise ValueError(f"dtype='int8' on {device}; accepted: on a CPU")
+    if quantization == "fp8" and (
+        device.type != "cuda" or torch.cuda.get_device_capability(device) < FP8_COMPUTE_CAPABILITY
+    ):
+        name = torch.cuda.get_device_name(device) if device.type == "cuda" else device
+        raise ValueError(f"dtype='fp8' on {name}; accepted: a GPU of compute capability 8.9 or more (Ada, Hopper)")
+
+
 def quantize(model: MiMoAudioTokenizerModel, quantization: str) -> MiMoAudioTokenizerModel:
-    """Rounds the transformer layers' products to 8 bits, in place. It cannot be undone, trained or saved.
+    """Rounds the transformer layers' weights to 8 bits, in place. It cannot be undone, and the model not be saved.
 
     Args:
-        model: in evaluation mode, on the device where it is to run.
-        quantization: `"int8"`, on a CPU, or `"fp8"`, in bfloat16 on a GPU of compute capability 8.9 or more (Ada,
-            Hopper).
+        model: in evaluation mode, on the device where it is to run; for `"fp8"` in bfloat16.
+        quantization: `"int8"`, on a CPU, or `"fp8"`, on a GPU of compute capability 8.9 or more.
 
     Raises:
-        ValueError: of another name, or where the device or dtype cannot do it.
+        ValueError: the device cannot do it.
     """
-    if quantization not in QUANTIZATIONS:
-        raise ValueError(f"quantization={quantization!r}; accepted: {', '.join(map(repr, QUANTIZATIONS))}")
-    device = model.device
-    if quantization == "int8" and device.type != "cpu":
-        raise ValueError(f"quantization='int8' on {device}; accepted: on a CPU")
-    if quantization == "fp8":
-        if device.type != "cuda" or torch.cuda.get_device_capability(device) < (8, 9):
-            name = torch.cuda.get_device_name(device) if device.type == "cuda" else device
-            raise ValueError(f"quantization='fp8' on {name}; accepted: a GPU of compute capability 8.9 or more")
-        if model.dtype != torch.bfloat16:
-            raise ValueError(f"quantization='fp8' of a model in {model.dtype}; accepted: bfloat16")
-    if model.training:
-        raise ValueError("quantization of a model in training mode; accepted: after model.eval()")
+    check_quantization(quantization, model.device)
     for layer in model.modules():
         if isinstance(layer, MiMoAudioTokenizerLayer):
             for part in (layer, layer.self_attn):
                 for name, linear in list(part.named_children()):
                     if isinstance(linear, nn.Linear):
                         setattr(part, name, QuantizedLinear(linear, QUANTIZATIONS[quantization]))
+    model.save_pretrained = partial(_refuse_to_save, quantization)  # type: ignore[assignment]
     return model
+
+
+def _refuse_to_save(quantization: str, *args: Any, **kwargs: Any) -> None:
+    raise ValueError(
+        f"the model is quantized to {quantization}, which is not saved; accepted: the model it was made of"
+    )
