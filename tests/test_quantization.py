@@ -67,7 +67,7 @@ def test_what_is_quantized_stays_so(tmp_path):
     assert load_model(model, dtype="int8") is load_model(model) is model
     with pytest.raises(ValueError, match="is quantized to int8; accepted: the dtype and the device that it has"):
         load_model(model, dtype="float32")
-    with pytest.raises(ValueError, match="quantized to int8, which is not saved; accepted: one that is not"):
+    with pytest.raises(ValueError, match="quantized to int8, which is not saved; accepted: the model it was made of"):
         model.save_pretrained(tmp_path / "saved")
     assert not (tmp_path / "saved").exists()
 
