@@ -128,6 +128,8 @@ def test_tiny_is_small_and_says_what_made_it():
     training = json.loads((directory / "training.json").read_text())
     assert training["config"]["stage"] == 2
     assert "CC BY-SA 4.0" in (directory / "README.md").read_text()
+    assert "Attribution-ShareAlike 4.0" in (directory / "LICENSE").read_text()
+    assert "Allison Smith" in (directory / "NOTICE").read_text()
 
 
 def test_device_dtype_and_attention_are_as_asked(tiny_checkpoint):

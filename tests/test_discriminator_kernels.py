@@ -15,7 +15,10 @@ pytestmark = [
     pytest.mark.gpu,
     pytest.mark.skipif(not torch.cuda.is_available(), reason="these tests need a CUDA GPU"),
 ]
-kernels = pytest.importorskip("mimo_audio_hf.training.discriminator_kernels")
+pytest.importorskip("triton")
+from mimo_audio_hf.training import discriminator_kernels as kernels  # noqa: E402 (which imports Triton)
+
+
 DEVICE, DTYPE = "cuda", torch.bfloat16
 
 
@@ -63,6 +66,20 @@ def test_distance(whole):
     torch.testing.assert_close(loss.double(), expected, rtol=1e-5, atol=0)
     assert torch.equal(fake.grad[:, :, :width], 0.5 * (fake - real).detach().sign()[:, :, :width])
     assert fake.grad[:, :, width:].abs().sum() == 0
+
+
+@pytest.mark.parametrize("shape", ["flat", "permuted", "unequal rows"])
+def test_feature_matching_of_other_layers(shape):
+    fake, real = draw(4, 6, 10, 8), draw(4, 6, 10, 8, seed=1)
+    if shape == "flat":
+        fake, real = fake.flatten(1), real.flatten(1)
+    elif shape == "permuted":
+        fake, real = fake.permute(0, 3, 1, 2), real.permute(0, 3, 1, 2)
+    else:
+        fake, real = fake[:, :4], real[:, :4]
+    loss = losses.feature_matching_loss([[real, real]], [[fake, fake]])
+    expected = (fake.double() - real.double()).abs().mean()
+    torch.testing.assert_close(loss.double(), expected, rtol=1e-2, atol=0)
 
 
 def test_discriminators_with_kernels_are_those_without(monkeypatch):

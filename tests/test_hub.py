@@ -29,6 +29,7 @@ from mimo_audio_hf import (
     MiMoAudioTokenizerConfig,
     MiMoAudioTokenizerFeatureExtractor,
     MiMoAudioTokenizerModel,
+    checkpoints,
     save_audio,
 )
 from mimo_audio_hf.cli import main
@@ -382,6 +383,16 @@ def test_card_of_a_training_run(tiny_checkpoint, tmp_path):
     (checkpoint / "training.json").write_text('{"step": 1}')
     with pytest.raises(ValueError, match="training.json: .*accepted: what a training run writes"):
         assemble_hub_repository(checkpoint, tmp_path / "damaged")
+
+
+def test_the_licence_goes_along(tmp_path):
+    tiny = Path(checkpoints.__file__).with_name("tiny")
+    repository = assemble_hub_repository(tiny, tmp_path / "repository")
+    for name in ("LICENSE", "NOTICE"):
+        assert (repository / name).read_bytes() == (tiny / name).read_bytes()
+    card = ModelCard.load(repository / "README.md")
+    assert (card.data.license, card.data.license_link) == ("other", "LICENSE")
+    assert "rounded to float16" in card.text and "bit for bit" not in card.text
 
 
 def test_push_to_hub(tiny_checkpoint, tmp_path, monkeypatch, capsys):

@@ -225,8 +225,11 @@ def test_packed_input_compiles_in_one_graph(name):
 @torch.no_grad()
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="this test needs two GPUs")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_device_map_over_two_gpus(dtype):
+def test_device_map_over_two_gpus(dtype, monkeypatch):
     """The skip connection, the quantizer and the cuts cross from one device to the other."""
+    # Layers that are moved about do not run fused: neither does what they are compared with.
+    plain = modeling.ATTENTION_BACKENDS["triton_varlen"]._replace(run_layers=None)
+    monkeypatch.setitem(modeling.ATTENTION_BACKENDS, "triton_varlen", plain)
     features, mask = pad_features([clip["mel"] for clip in expected_clips("base")])
     expected = load_golden("base", dtype=dtype).cuda()(features.cuda(), mask.cuda())
     first = ["encoder.conv1", "encoder.conv2", "encoder.layer_norm", "encoder.layers.3", "decoder.dconv2"]

@@ -5,9 +5,10 @@
     python recipes/tiny/prepare_data.py data/tiny
     python recipes/tiny/prepare_data.py data/tiny-compact --packages data/tiny/packages --opus --max-hours 3.1
 
-Needs Debian's apt-get and dpkg-deb, as they are set up. OUT gets train.parquet and validation.parquet (columns key,
-audio, text, language, speaker, source, licence, source_sampling_rate), packages/ and statistics.md. DATA.md lists the
-sources with their authors and licences. What is done to the recordings is in `clean` and `join`.
+Needs Debian's apt-get and dpkg-deb, as they are set up, and libasound2 for flite. OUT gets train.parquet and
+validation.parquet (columns key, audio, text, language, speaker, source, licence, source_sampling_rate), packages/ and
+statistics.md. DATA.md lists the sources with their authors and licences. What is done to the recordings is in `clean`
+and `join`.
 """
 
 from __future__ import annotations
@@ -171,9 +172,8 @@ def flite(root: Path, package: str) -> Iterator[Recording]:
     libraries = unpack("libflite1", root.parent) / "usr/lib"
     (library,) = {path.parent for path in libraries.rglob("libflite.so.*")}
     environment = os.environ | {"LD_LIBRARY_PATH": str(library)}
-    examples = (root / "usr/share/doc/flite/examples/alice").read_text(encoding="ascii")
-    # From the first chapter; what is before it is about the file.
-    words = " ".join(examples[examples.index("CHAPTER I") :].split())
+    book = (root / "usr/share/doc/flite/examples/alice").read_text(encoding="ascii")
+    words = " ".join(book[book.index("CHAPTER I") :].split())
     sentences = re.findall(r"\S.{30,110}?(?:[.!?;:]['\")]*|,)(?=\s|$)", words)
     for voice in ("awb", "kal16", "rms", "slt"):
         for number, sentence in enumerate(sentences):

@@ -1,7 +1,7 @@
 # Copyright 2026 The mimo-audio-hf authors. Licensed under the Apache License, Version 2.0.
 """A trained checkpoint as the package carries it: matrices in float16, what the run says of itself beside them.
 
-    python recipes/tiny/store.py runs/tiny-stage2/best src/mimo_audio_hf/tiny
+    python recipes/tiny/store.py runs/tiny-stage2/checkpoint-2000 src/mimo_audio_hf/tiny
 
 config.json says float32: that is what the model loads as, from numbers rounded once.
 """
@@ -35,8 +35,9 @@ def main() -> None:
     config = json.loads((args.checkpoint / "config.json").read_text())
     config["dtype"] = "float32"
     (args.output / "config.json").write_text(json.dumps(config, indent=2) + "\n")
-    for name in ("preprocessor_config.json", "training.json"):
-        shutil.copyfile(args.checkpoint / name, args.output / name)
+    shutil.copyfile(args.checkpoint / "preprocessor_config.json", args.output / "preprocessor_config.json")
+    training = json.loads((args.checkpoint / "training.json").read_text()) | {"rounded_to": "float16"}
+    (args.output / "training.json").write_text(json.dumps(training, indent=2) + "\n")
     bytes_stored = sum(tensor.numel() * tensor.element_size() for tensor in stored.values())
     print(f"{bytes_stored / 1e6:.2f} MB -> {args.output}")
 

@@ -8,7 +8,6 @@ clips that turns queries and keys (RoPE) as it reads them. The first two have gr
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any, cast
 
 import torch
@@ -17,6 +16,7 @@ import triton
 import triton.language as tl
 from torch import nn
 from torch.autograd.function import once_differentiable
+from transformers.activations import ACT2FN
 
 from .modeling_mimo_audio_tokenizer import (
     AttentionBackend,
@@ -33,7 +33,9 @@ PROGRAMS = 528
 # Rows and columns of a tile of GELU's gradient, and rows that a program adds up.
 TILE_ROWS, TILE_COLUMNS, CHUNK = 32, 128, 256
 QUERIES, KEYS = 128, 64
-HEAD_DIMS = (32, 64, 128)  # of attention: a half of one is a factor of a product, of at least 16
+# Of attention: a half of one is a factor of a product, of at least 16; at 128 a block outgrows smaller GPUs.
+HEAD_DIMS = (32, 64)
+MAX_CLIPS = 65535  # of attention, what a grid has room for
 
 
 @triton.jit
@@ -68,7 +70,8 @@ def _add_norm_kernel(
         u += _row(bias, 0, columns, inside)
     x = _row(hidden, row, columns, inside) + u
     # Rounded as what is stored, for that is what the plain path norms.
-    x = tl.minimum(tl.maximum(x, -limit), limit).to(hidden_out.dtype.element_ty)
+    # Not tl.minimum and tl.maximum, which would make a number of NaN.
+    x = tl.where(x > limit, limit, tl.where(x < -limit, -limit, x)).to(hidden_out.dtype.element_ty)
     tl.store(hidden_out + row + columns, x, inside)
     x = x.to(tl.float32)
     mean = tl.sum(x, axis=0) / dim
@@ -136,7 +139,6 @@ class _AddNorm(torch.autograd.Function):
         eps: float,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         means, scales = torch.empty(2, len(hidden_states), dtype=torch.float32, device=hidden_states.device)
-        # Nothing is limited: in training an infinity is to be seen.
         summed, normed = _launch_add_norm(hidden_states, update, bias, weight, shift, eps, torch.inf, means, scales)
         ctx.save_for_backward(summed, weight, means, scales)
         ctx.has_bias = bias is not None
@@ -171,6 +173,10 @@ class _AddNorm(torch.autograd.Function):
         return gradient, gradient, bias_gradient if ctx.has_bias else None, weight_gradient, shift_gradient, None
 
 
+def _needs_gradient(*tensors: torch.Tensor | None) -> bool:
+    return torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in tensors)
+
+
 def _launch_add_norm(
     hidden_states: torch.Tensor,
     update: torch.Tensor,
@@ -183,9 +189,10 @@ def _launch_add_norm(
     scales: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     total, dim = hidden_states.shape
+    hidden_states = hidden_states.contiguous()
     summed, normed = torch.empty_like(hidden_states), torch.empty_like(hidden_states)
     _add_norm_kernel[(total,)](
-        hidden_states.contiguous(),
+        hidden_states,
         update.contiguous(),
         bias,
         weight,
@@ -217,8 +224,7 @@ def add_norm(
     Half-precision sums are limited where the plain layers limit them.
     """
     dtype = hidden_states.dtype
-    inputs = [tensor for tensor in (hidden_states, update, weight, shift, bias) if tensor is not None]
-    differentiated = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in inputs)
+    differentiated = _needs_gradient(hidden_states, update, weight, shift, bias)
     limited = dtype == torch.float16 or (dtype == torch.bfloat16 and not differentiated)
     limit = torch.finfo(dtype).max - 1000 if limited else torch.inf
     if not differentiated:
@@ -308,13 +314,14 @@ def _launch_gelu(states: torch.Tensor, bias: torch.Tensor | None, output: torch.
 
 def bias_gelu(states: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
     """GELU (exact) of `states + bias`, (total_frames, dim)."""
-    if torch.is_grad_enabled():
+    states = states.contiguous()
+    if _needs_gradient(states, bias):
         return _BiasGelu.apply(states, bias)
     return _launch_gelu(states, bias, torch.empty_like(states))
 
 
 def gelu_(states: torch.Tensor) -> torch.Tensor:
-    """GELU (exact) in place, without a gradient."""
+    """GELU (exact) in place, of contiguous states and without a gradient."""
     return _launch_gelu(states, None, states)
 
 
@@ -374,7 +381,7 @@ def _rotary_attention_kernel(
             k1, k2 = _turned(key, cos, sin, start + other, inside, stride, head, head_dim)
             scores = tl.dot(q1, tl.trans(k1))
             scores = tl.dot(q2, tl.trans(k2), scores) * (scaling * 1.4426950408889634)
-            seen = inside[None, :] & (other[None, :] < length)
+            seen = inside[None, :]
             if LEFT >= 0:
                 seen = seen & (other[None, :] >= at[:, None] - LEFT)
             if RIGHT >= 0:
@@ -400,6 +407,7 @@ def rotary_attention(
     cu_seqlens: torch.Tensor,
     max_seqlen: int,
     heads: int,
+    scaling: float,
     window: tuple[int, int],
 ) -> torch.Tensor:
     """Attention of each clip to itself, without a gradient.
@@ -408,6 +416,7 @@ def rotary_attention(
         query, key, value: (total_frames, dim) before RoPE; their rows may lie apart, by one stride.
         position_embeddings: cosines and sines (total_frames, 1, head_dim // 2).
         cu_seqlens: (clips + 1,) int32, where clips begin; max_seqlen: frames of the longest.
+        scaling: of the products of queries and keys.
         window: frames to the left and to the right that are seen; -1 is unbounded.
 
     Returns:
@@ -427,7 +436,7 @@ def rotary_attention(
         cu_seqlens,
         output,
         query.stride(0),
-        head_dim**-0.5,
+        scaling,
         heads=heads,
         head_dim=head_dim,
         LEFT=window[0],
@@ -438,86 +447,6 @@ def rotary_attention(
     return output
 
 
-# --- Residual vector quantization ---
-
-
-@triton.jit
-def _residual_search_kernel(
-    halves,
-    gram,
-    offsets,
-    codes,
-    used,
-    entries,
-    num_quantizers,
-    BOOKS: tl.constexpr,
-    COLUMNS: tl.constexpr,
-):
-    """Of a frame, the nearest entry in each codebook to what those before it left over."""
-    frame = tl.program_id(0).to(tl.int64)
-    books = tl.arange(0, BOOKS)
-    rows = tl.zeros([BOOKS], tl.int64)  # of the entries that were chosen, among all
-    for book in range(num_quantizers):
-        first = tl.load(offsets + book)
-        end = tl.load(offsets + book + 1)
-        nearest = float("inf")
-        chosen = first
-        for start in range(first, end, COLUMNS):
-            columns = start + tl.arange(0, COLUMNS)
-            inside = columns < end
-            half = tl.load(halves + frame * used + columns, inside, other=float("inf"))
-            before = (books < book)[:, None] & inside[None, :]
-            half += tl.sum(tl.load(gram + rows[:, None] * entries + columns[None, :], before, other=0.0), axis=0)
-            lowest, place = tl.min(half, axis=0, return_indices=True)
-            chosen = tl.where(lowest < nearest, start + place, chosen)
-            nearest = tl.minimum(lowest, nearest)
-        rows = tl.where(books == book, chosen, rows)
-        tl.store(codes + frame * num_quantizers + book, (chosen - first).to(tl.int64))
-
-
-class ResidualSearch:
-    """Residual vector quantization in one matrix product and one kernel.
-
-    The distance of what is left of a vector x to an entry e is, but for what all entries share,
-    |e|^2 / 2 - x e + (the entries chosen so far) e. The first two parts come from one product with all codebooks; the
-    products between entries are known beforehand.
-
-    Args:
-        codebooks: entries (size, dim) in float32, rounded to the model's dtype already.
-    """
-
-    def __init__(self, codebooks: Sequence[torch.Tensor], dtype: torch.dtype) -> None:
-        entries = torch.cat(list(codebooks))
-        self.sizes = [len(codebook) for codebook in codebooks]
-        self.offsets = torch.tensor([0, *self.sizes]).cumsum(0).to(entries.device, torch.int32)
-        self.entries = entries.to(dtype)
-        self.halves = entries.square().sum(-1) / 2
-        # In float64 once: those of twenty entries add up.
-        self.gram = (entries.double() @ entries.double().t()).float()
-
-    def __call__(self, features: torch.Tensor, num_quantizers: int) -> torch.Tensor:
-        """Features (n, dim) in the codebooks' dtype to codes (n, num_quantizers) int64."""
-        used = sum(self.sizes[:num_quantizers])
-        if features.dtype == torch.float32:
-            products = features @ self.entries[:used].t()
-        else:  # products of half-precision numbers are exact in float32
-            products = torch.mm(features, self.entries[:used].t(), out_dtype=torch.float32)
-        halves = self.halves[:used] - products
-        codes = torch.empty(len(features), num_quantizers, dtype=torch.long, device=features.device)
-        _residual_search_kernel[(len(features),)](
-            halves,
-            self.gram,
-            self.offsets,
-            codes,
-            used,
-            len(self.entries),
-            num_quantizers,
-            BOOKS=triton.next_power_of_2(num_quantizers),
-            COLUMNS=128,
-        )
-        return codes
-
-
 # --- Layers ---
 
 
@@ -525,19 +454,17 @@ def can_fuse(stack: MiMoAudioTokenizerStack) -> bool:
     """Whether the layers are as this package made them: nothing replaces, wraps, watches, compiles or moves a part."""
     if torch.compiler.is_compiling():  # the compiler fuses by itself
         return False
-    if stack.config.activation_function != "gelu" or any(layer.gradient_checkpointing for layer in stack.layers):
-        return False
     parts = [stack.layer_norm]
     for layer in _layers(stack):
+        if layer.gradient_checkpointing or getattr(layer.fc1, "bias", None) is None:
+            return False
         parts += [layer, layer.self_attn, *layer.self_attn.children(), *layer.children()]
-    activations = {layer.activation_fn for layer in _layers(stack)}
     return all(
         type(part) in _PLAIN
         and not (part._forward_hooks or part._forward_pre_hooks or part._backward_hooks or part._backward_pre_hooks)
         and part._compiled_call_impl is None
         and "forward" not in vars(part)
         for part in parts
-        if part not in activations
     )
 
 
@@ -545,7 +472,7 @@ def _layers(stack: MiMoAudioTokenizerStack) -> list[MiMoAudioTokenizerLayer]:
     return cast(list[MiMoAudioTokenizerLayer], list(stack.layers))
 
 
-_PLAIN = (MiMoAudioTokenizerLayer, MiMoAudioTokenizerAttention, nn.Linear, nn.LayerNorm)
+_PLAIN = (MiMoAudioTokenizerLayer, MiMoAudioTokenizerAttention, nn.Linear, nn.LayerNorm, type(ACT2FN["gelu"]))
 
 
 def run_layers(
@@ -557,20 +484,31 @@ def run_layers(
     backend: AttentionBackend,
     skip_layer_id: int | None = None,
 ) -> torch.Tensor:
-    """The stack's layers and final norm, each norm taken where its input is added up. For what [`can_fuse`] allows."""
+    """The stack's layers and final norm, each norm taken where its input is added up. For what [`can_fuse`] allows.
+
+    Where autocast would norm in float32, norms are in the sums' dtype here.
+    """
     layers = _layers(stack)
     parts = [norm for layer in layers for norm in (layer.self_attn_layer_norm, layer.final_layer_norm)]
     norms = [cast(nn.LayerNorm, norm) for norm in (*parts, stack.layer_norm)]
-    normed = norms[0](hidden_states)
+    trained = torch.is_grad_enabled() and (
+        hidden_states.requires_grad or any(parameter.requires_grad for parameter in stack.layers.parameters())
+    )
     skip = None
-    for number, layer in enumerate(layers):
-        attended = _attend(layer.self_attn, normed, position_embeddings, attention_masks, sequences, backend)
-        hidden_states, normed = _add_product(hidden_states, attended, layer.self_attn.out_proj, norms[2 * number + 1])
-        widened = _widen(layer.fc1, normed)
-        hidden_states, normed = _add_product(hidden_states, widened, layer.fc2, norms[2 * number + 2])
-        if number + 1 == skip_layer_id:
-            skip = hidden_states
-    return normed if skip is None else norms[-1](hidden_states + skip)
+    with torch.cuda.device_of(hidden_states):
+        normed = norms[0](hidden_states)
+        for number, layer in enumerate(layers):
+            attended = _attend(
+                layer.self_attn, normed, position_embeddings, attention_masks, sequences, backend, trained
+            )
+            hidden_states, normed = _add_product(
+                hidden_states, attended, layer.self_attn.out_proj, norms[2 * number + 1], trained
+            )
+            widened = _widen(layer.fc1, normed, trained)
+            hidden_states, normed = _add_product(hidden_states, widened, layer.fc2, norms[2 * number + 2], trained)
+            if number + 1 == skip_layer_id:
+                skip = hidden_states
+        return normed if skip is None else norms[-1](hidden_states + skip)
 
 
 def _attend(
@@ -580,13 +518,22 @@ def _attend(
     attention_masks: dict[Window, Any],
     sequences: PackedSequences,
     backend: AttentionBackend,
+    trained: bool,
 ) -> torch.Tensor:
     query, key, value = attention.q_proj(normed), attention.k_proj(normed), attention.v_proj(normed)
     window = attention.window
-    if not torch.is_grad_enabled() and min(window) < 0 and attention.head_dim in HEAD_DIMS:
-        heads = query.shape[1] // attention.head_dim
+    clips = len(sequences.cu_seqlens) - 1
+    if not trained and min(window) < 0 and attention.head_dim in HEAD_DIMS and clips <= MAX_CLIPS:
         return rotary_attention(
-            query, key, value, position_embeddings, sequences.cu_seqlens, sequences.max_seqlen, heads, window
+            query,
+            key,
+            value,
+            position_embeddings,
+            sequences.cu_seqlens,
+            sequences.max_seqlen,
+            query.shape[1] // attention.head_dim,
+            attention.scaling,
+            window,
         )
     query, key, value = (states.unflatten(-1, (-1, attention.head_dim)) for states in (query, key, value))
     query, key = backend.rotary(query, key, *position_embeddings)
@@ -603,15 +550,12 @@ def _attend(
 
 
 def _add_product(
-    hidden_states: torch.Tensor, states: torch.Tensor, linear: nn.Linear, norm: nn.LayerNorm
+    hidden_states: torch.Tensor, states: torch.Tensor, linear: nn.Linear, norm: nn.LayerNorm, trained: bool
 ) -> tuple[torch.Tensor, torch.Tensor]:
     # With a gradient the bias is added here, for its own gradient then costs no pass over the frames.
-    trained = torch.is_grad_enabled()
     update = F.linear(states, linear.weight, None if trained else linear.bias)
     return add_norm(hidden_states, update, norm.weight, norm.bias, norm.eps, linear.bias if trained else None)
 
 
-def _widen(linear: nn.Linear, states: torch.Tensor) -> torch.Tensor:
-    if torch.is_grad_enabled():
-        return bias_gelu(F.linear(states, linear.weight), linear.bias)
-    return gelu_(linear(states))
+def _widen(linear: nn.Linear, states: torch.Tensor, trained: bool) -> torch.Tensor:
+    return bias_gelu(F.linear(states, linear.weight), linear.bias) if trained else gelu_(linear(states))

@@ -34,6 +34,8 @@ from .modeling_mimo_audio_tokenizer import MiMoAudioTokenizerModel
 CARD_NAME = "README.md"
 # What a training run leaves beside the weights; see `training.Trainer`.
 TRAINING_NAME = "training.json"
+# Of the weights, if a checkpoint has them.
+LICENSE_NAMES = ("LICENSE", "NOTICE")
 AUTO_CLASSES: dict[str, type] = {
     "AutoConfig": MiMoAudioTokenizerConfig,
     "AutoFeatureExtractor": MiMoAudioTokenizerFeatureExtractor,
@@ -82,8 +84,9 @@ def assemble_hub_repository(
     training = read_json(checkpoint / TRAINING_NAME) if (checkpoint / TRAINING_NAME).is_file() else None
     if released and training is not None:
         raise ValueError(f"released=True, but {checkpoint} has a {TRAINING_NAME}: a training run made its weights")
+    licences = [checkpoint / name for name in LICENSE_NAMES if (checkpoint / name).is_file()]
     try:
-        overlay = overlay_files(fields, released=released, training=training)
+        overlay = overlay_files(fields, released=released, training=training, has_license=bool(licences))
     except UndefinedError as error:
         raise ValueError(f"{checkpoint / TRAINING_NAME}: {error}; accepted: what a training run writes") from error
 
@@ -92,7 +95,7 @@ def assemble_hub_repository(
         repository = Path(temporary)
         for name, content in overlay.items():
             (repository / name).write_bytes(content)
-        for source in _weight_files(checkpoint):
+        for source in (*licences, *_weight_files(checkpoint)):
             _copy(source, repository / source.name)
         # The configuration last: without it nothing takes the directory for a checkpoint.
         for path in sorted(repository.iterdir(), key=lambda path: path.name == CONFIG_NAME):
@@ -134,7 +137,11 @@ def push_to_hub(
 
 
 def overlay_files(
-    fields: dict[str, Any], *, released: bool = False, training: dict[str, Any] | None = None
+    fields: dict[str, Any],
+    *,
+    released: bool = False,
+    training: dict[str, Any] | None = None,
+    has_license: bool = False,
 ) -> dict[str, bytes]:
     """Contents of all files of a Hub repository but the weights: the model's code, its configurations and its card.
 
@@ -142,6 +149,7 @@ def overlay_files(
         fields: A checkpoint's `config.json`.
         released: As in [`assemble_hub_repository`].
         training: A checkpoint's `training.json`, if it has one.
+        has_license: The repository has a file LICENSE, to which the card refers.
 
     Raises:
         ValueError: as [`assemble_hub_repository`], about the configuration.
@@ -159,7 +167,7 @@ def overlay_files(
     extractor_fields = MiMoAudioTokenizerFeatureExtractor.from_config(config).to_dict()
     extractor_fields["auto_map"] = {"AutoFeatureExtractor": auto_map["AutoFeatureExtractor"]}
     return {
-        CARD_NAME: f"{_model_card(config, released, training)}\n".encode(),
+        CARD_NAME: f"{_model_card(config, released, training, has_license)}\n".encode(),
         CONFIG_NAME: _to_json(fields | model_fields),
         FEATURE_EXTRACTOR_NAME: _to_json(extractor_fields),
         **{source.name: source.read_bytes() for source in sources.values()},
@@ -198,12 +206,16 @@ def _require_released(config: MiMoAudioTokenizerConfig) -> None:
             )
 
 
-def _model_card(config: MiMoAudioTokenizerConfig, released: bool, training: dict[str, Any] | None) -> ModelCard:
+def _model_card(
+    config: MiMoAudioTokenizerConfig, released: bool, training: dict[str, Any] | None, has_license: bool
+) -> ModelCard:
     metadata: dict[str, Any] = {
         "library_name": "transformers",
         "pipeline_tag": "audio-to-audio" if config.has_decoder else "feature-extraction",
         "tags": ["audio", "speech", "audio-tokenizer", "neural-audio-codec", "residual-vector-quantization"],
     }
+    if has_license:
+        metadata |= {"license": "other", "license_link": LICENSE_NAMES[0]}
     if released:
         metadata |= {
             "base_model": "XiaomiMiMo/MiMo-Audio-Tokenizer",

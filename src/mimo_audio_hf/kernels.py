@@ -8,8 +8,9 @@ Triton it does nothing. They save memory traffic and launches where PyTorch has 
   that a block of queries sees, so that softmax needs no second pass. FlashAttention takes about six times as long.
 
 Both have gradients (attention's are of heads up to 32), but no gradients of gradients. One clip's values that are not
-finite do not reach the others' results, but may reach their gradients; the trainer stops at such a loss. Everything
-else about attention is PyTorch's FlashAttention.
+finite do not reach the others' results, but may reach their gradients; the trainer stops at such a loss. Layers as
+they are usually made run as a whole, by the kernels of `fused`; else, and where their attention has a gradient,
+everything else about attention is PyTorch's FlashAttention.
 """
 
 from __future__ import annotations
@@ -333,6 +334,11 @@ def _kernels_run(device: torch.device) -> bool:
         with torch.no_grad(), torch.cuda.device(device):
             triton_rotary(states, states, angles, angles)
             triton_attention_forward(states, states, states, None, 1.0, sequences, widest)
+            # Of the others, the one that asks most of a GPU.
+            states = torch.zeros(1, max(fused.HEAD_DIMS), device=device, dtype=torch.bfloat16)
+            angles = torch.zeros(1, 1, max(fused.HEAD_DIMS) // 2, device=device, dtype=torch.bfloat16)
+            embeddings = (angles, angles)
+            fused.rotary_attention(states, states, states, embeddings, sequences.cu_seqlens, 1, 1, 1.0, (-1, -1))
     except Exception as error:  # whatever a missing or broken compiler raises
         logger.warning(f"Triton cannot build kernels here, so PyTorch's are used: {error}")
         return False

@@ -143,7 +143,8 @@ def bias_leaky_relu(
     Returns:
         (batch, height, widened, channels), zero from `width` on, and of that (batch, height, width, channels).
     """
-    return _LeakyReLU.apply(states, bias, slope, width, widened)
+    with torch.cuda.device_of(states):
+        return _LeakyReLU.apply(states, bias, slope, width, widened)
 
 
 @triton.jit
@@ -194,6 +195,7 @@ def _rows(fake: torch.Tensor, real: torch.Tensor) -> tuple[int, int, int, int]:
 
 
 def distance(fake: torch.Tensor, real: torch.Tensor) -> torch.Tensor:
-    """The sum, in float32, of absolute differences between maps that [`bias_leaky_relu`] made, (batch, height, width,
-    channels); the second has no gradient."""
-    return _Distance.apply(fake, real)
+    """The sum, in float32, of absolute differences between two maps (batch, height, width, channels) whose rows are
+    contiguous and equally far apart; the second has no gradient."""
+    with torch.cuda.device_of(fake):
+        return _Distance.apply(fake, real)

@@ -148,9 +148,21 @@ def feature_matching_loss(real: Features, fake: Features) -> torch.Tensor:
 
 def _mean_distance(fake: torch.Tensor, real: torch.Tensor) -> torch.Tensor:
     """Mean absolute difference, added up in float32. Layers are large: nothing of their size is made in float32."""
-    if kernels_take(fake):
+    if kernels_take(fake) and _are_maps(fake, real):
         from .discriminator_kernels import distance  # which imports Triton
 
         return distance(fake, real) / fake.numel()
     difference = (fake - real).abs()
     return difference.sum(dtype=torch.promote_types(difference.dtype, torch.float32)) / difference.numel()
+
+
+def _are_maps(*layers: torch.Tensor) -> bool:
+    """Of one 4D shape, and rows that lie at equal distances: as the discriminators make them, cropped."""
+    return all(
+        layer.ndim == 4
+        and layer.shape == layers[0].shape
+        and layer.stride(3) == 1
+        and layer.stride(2) == layer.shape[3]
+        and layer.stride(0) == layer.shape[1] * layer.stride(1)
+        for layer in layers
+    )
