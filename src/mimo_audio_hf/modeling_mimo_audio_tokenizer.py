@@ -12,7 +12,7 @@ import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any, NamedTuple, cast
+from typing import Any, NamedTuple, TypeVar, cast
 
 import torch
 import torch.distributed as dist
@@ -34,6 +34,7 @@ if is_flash_attn_2_available():
 logger = logging.get_logger(__name__)
 
 Window = tuple[int, int]
+Length = TypeVar("Length", int, torch.Tensor)
 
 
 # --- Packed clips ---
@@ -58,10 +59,18 @@ class PackedSequences:
     @classmethod
     def from_lengths(cls, lengths: Sequence[int], device: torch.device | str | None = None) -> PackedSequences:
         """Sequences of the given lengths, in frames; from the host, so that no layer has to ask the GPU for them."""
-        cu_seqlens = F.pad(torch.tensor(lengths).cumsum(0, dtype=torch.int32), (1, 0)).to(device)
-        frames = torch.arange(sum(lengths), device=device, dtype=torch.int32)
+        return cls.from_tensor(torch.tensor(lengths, device=device), sum(lengths), max(lengths))
+
+    @classmethod
+    def from_tensor(cls, lengths: torch.Tensor, total: int, max_seqlen: int) -> PackedSequences:
+        """Sequences of lengths (clips,) that their device alone knows, but for their sum and the longest, or more.
+
+        A length may be 0.
+        """
+        cu_seqlens = F.pad(lengths.cumsum(0, dtype=torch.int32), (1, 0))
+        frames = torch.arange(total, device=lengths.device, dtype=torch.int32)
         sequence_ids = torch.searchsorted(cu_seqlens[1:], frames, right=True)
-        return cls(cu_seqlens, max(lengths), frames - cu_seqlens[sequence_ids], sequence_ids)
+        return cls(cu_seqlens, max_seqlen, frames - cu_seqlens[sequence_ids], sequence_ids)
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> PackedSequences:
         return _dataclass_to(self, device, non_blocking)
@@ -695,6 +704,8 @@ class MiMoAudioTokenizerResidualVectorQuantizer(nn.Module):
     def __init__(self, config: MiMoAudioTokenizerConfig) -> None:
         super().__init__()
         self.vq = MiMoAudioTokenizerResidualVectorQuantization(config)
+        # Another way to the same codes, if there is one: features (n, dim), num_quantizers to (n, num_quantizers).
+        self.search: Callable[[torch.Tensor, int], torch.Tensor] | None = None
 
     @property
     def codebooks(self) -> list[MiMoAudioTokenizerCodebook]:
@@ -703,6 +714,8 @@ class MiMoAudioTokenizerResidualVectorQuantizer(nn.Module):
     @torch.no_grad()
     def encode(self, features: torch.Tensor, num_quantizers: int, dtype: torch.dtype) -> torch.Tensor:
         """Features (n, dim) of a model in `dtype` to codes (n, num_quantizers) int64."""
+        if self.search is not None:
+            return self.search(features, num_quantizers)
         with torch.autocast(features.device.type, enabled=False):
             residual = features.float()
             codes = []
@@ -786,22 +799,29 @@ class MiMoAudioTokenizerEncoder(MiMoAudioTokenizerStack):
         self.down_sample_norm = _norm(config, dim)
         self.quantizer = MiMoAudioTokenizerResidualVectorQuantizer(config)
 
-    def frame_lengths(self, lengths: Sequence[int]) -> list[int]:
-        """Mel frames to the layers' frames."""
-        return [(length + 2 - self.config.kernel_size) // self.config.stride_size + 1 for length in lengths]
+    def frame_length(self, length: Length) -> Length:
+        """Mel frames of a clip to the layers' frames; a tensor has them of many."""
+        return (length + 2 - self.config.kernel_size) // self.config.stride_size + 1
+
+    def code_length(self, length: Length) -> Length:
+        """Mel frames of a clip to code frames; a tensor has them of many."""
+        return -(-self.frame_length(length) // self.config.avg_pooler)
 
     def code_lengths(self, lengths: Sequence[int]) -> list[int]:
-        """Mel frames to code frames."""
-        return [-(-length // self.config.avg_pooler) for length in self.frame_lengths(lengths)]
+        return [self.code_length(length) for length in lengths]
 
     def layout(
         self, lengths: Sequence[int], device: torch.device | str | None = None
     ) -> MiMoAudioTokenizerEncoderLayout:
+        frame_lengths = [self.frame_length(length) for length in lengths]
+        levels = (lengths, frame_lengths, self.code_lengths(lengths))
+        return self.layout_of(*(PackedSequences.from_lengths(each, device) for each in levels))
+
+    def layout_of(
+        self, mel: PackedSequences, frames: PackedSequences, codes: PackedSequences
+    ) -> MiMoAudioTokenizerEncoderLayout:
+        """The layout of clips whose places at 100, 50 and 25 Hz are known."""
         kernel, stride, pooler = self.config.kernel_size, self.config.stride_size, self.config.avg_pooler
-        mel, frames, codes = (
-            PackedSequences.from_lengths(each, device)
-            for each in (lengths, self.frame_lengths(lengths), self.code_lengths(lengths))
-        )
         return MiMoAudioTokenizerEncoderLayout(
             mel=mel,
             frames=frames,
@@ -929,17 +949,31 @@ class MiMoAudioTokenizerDecoder(MiMoAudioTokenizerStack):
     def layout(
         self, lengths: Sequence[int], device: torch.device | str | None = None
     ) -> MiMoAudioTokenizerDecoderLayout:
+        levels = zip(*(self.level_lengths(length) for length in lengths), strict=True)
+        return self.layout_of(*(PackedSequences.from_lengths(each, device) for each in levels))
+
+    def level_lengths(self, length: Length) -> tuple[Length, Length, Length, Length, Length]:
+        """Code frames of a clip, and what they become: the layers' frames, mel frames before and after the cut, and
+        blocks of samples. A tensor has them of many clips.
+        """
         config = self.config
+        frames = length * config.avg_pooler
+        mel = frames * config.decoder_stride_size
+        uncut = mel + config.decoder_kernel_size - config.decoder_stride_size
+        return length, frames, uncut, mel, mel * (config.hop_length // self.vocoder.head.istft.block)
+
+    def layout_of(
+        self,
+        codes: PackedSequences,
+        frames: PackedSequences,
+        uncut: PackedSequences,
+        mel: PackedSequences,
+        audio: PackedSequences,
+    ) -> MiMoAudioTokenizerDecoderLayout:
+        """The layout of clips whose places at all levels are known."""
+        config, istft = self.config, self.vocoder.head.istft
         pooler, kernel, stride = config.avg_pooler, config.decoder_kernel_size, config.decoder_stride_size
-        frames_of = [length * pooler for length in lengths]
-        uncut_of = [(length - 1) * stride + kernel for length in frames_of]
-        mel_of = [length * stride for length in frames_of]
-        istft = self.vocoder.head.istft
         pieces, blocks_a_hop = config.nfft // istft.block, config.hop_length // istft.block
-        audio_of = [length * blocks_a_hop for length in mel_of]
-        codes, frames, uncut, mel, audio = (
-            PackedSequences.from_lengths(each, device) for each in (lengths, frames_of, uncut_of, mel_of, audio_of)
-        )
         return MiMoAudioTokenizerDecoderLayout(
             codes=codes,
             frames=frames,
@@ -1232,8 +1266,7 @@ class MiMoAudioTokenizerModel(MiMoAudioTokenizerPreTrainedModel):
     def get_audio_codes_mask(self, attention_mask: torch.Tensor) -> torch.Tensor:
         """Mask of the codes (batch_size, code_frames) that belongs to a mask of mel frames (batch_size, frames)."""
         (padded,) = self.encoder.code_lengths([attention_mask.shape[1]])
-        frames = ((attention_mask != 0).sum(-1) + 2 - self.config.kernel_size) // self.config.stride_size + 1
-        lengths = (frames + self.config.avg_pooler - 1) // self.config.avg_pooler
+        lengths = self.encoder.code_length((attention_mask != 0).sum(-1))
         positions = torch.arange(padded, device=attention_mask.device)
         return (positions < lengths[:, None]).to(attention_mask.dtype)
 

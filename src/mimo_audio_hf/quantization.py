@@ -8,7 +8,7 @@ the vocoder's head stay as they are.
 from __future__ import annotations
 
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
@@ -22,41 +22,57 @@ REMAINDER_DTYPES = {"int8": torch.float32, "fp8": torch.bfloat16}
 FP8_COMPUTE_CAPABILITY = (8, 9)
 
 
-class QuantizedLinear(nn.Module):
-    """A linear layer whose weight is held in 8 bits and whose inputs are rounded to 8 bits, each row by its largest.
+class RoundedRows(NamedTuple):
+    """A matrix in 8 bits."""
 
-    Args:
-        linear: whose weight is rounded; its bias is kept.
-        dtype: int8 or float8_e4m3fn.
-    """
-
-    scale: torch.Tensor
-
-    def __init__(self, linear: nn.Linear, dtype: torch.dtype) -> None:
-        super().__init__()
-        weight, scale = round_rows(linear.weight.detach(), dtype)
-        self.weight = nn.Parameter(weight, requires_grad=False)
-        self.register_buffer("scale", scale.t())
-        self.bias = linear.bias
-
-    def forward(self, states: torch.Tensor) -> torch.Tensor:
-        """(frames, in_features) to (frames, out_features), in the states' dtype."""
-        rounded, scale = round_rows(states, self.weight.dtype)
-        if self.weight.dtype == torch.int8:
-            product = torch._int_mm(rounded, self.weight.t()).float().mul_(scale).mul_(self.scale).to(states.dtype)
-            return product if self.bias is None else product.add_(self.bias)
-        return torch._scaled_mm(
-            rounded, self.weight.t(), scale, self.scale, self.bias, out_dtype=states.dtype, use_fast_accum=True
-        )
+    rows: torch.Tensor
+    scale: torch.Tensor  # (rows, 1) float32, what they are to be multiplied with
 
 
-def round_rows(states: torch.Tensor, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
-    """Rows in 8 bits, and what they are to be multiplied with, (rows, 1) in float32."""
+def round_rows(states: torch.Tensor, dtype: torch.dtype) -> RoundedRows:
+    """Rows (rows, dim) in 8 bits, each by its largest number."""
     largest = 127.0 if dtype == torch.int8 else torch.finfo(dtype).max
     # A row of zeros stays one.
     scale = states.abs().amax(-1, keepdim=True).float().clamp(min=1e-12) / largest
     scaled = states.float() / scale
-    return (scaled.round() if dtype == torch.int8 else scaled).to(dtype), scale
+    return RoundedRows((scaled.round() if dtype == torch.int8 else scaled).to(dtype), scale)
+
+
+class QuantizedLinear(nn.Module):
+    """A linear layer whose weight is held in 8 bits and whose inputs are rounded to 8 bits, each row by its largest.
+
+    Args:
+        weight: (out_features, in_features), int8 or float8_e4m3fn.
+        scale: (1, out_features) float32, what the weight's rows are to be multiplied with.
+        bias: (out_features,), in the dtype of the outputs.
+    """
+
+    scale: torch.Tensor
+
+    def __init__(self, weight: torch.Tensor, scale: torch.Tensor, bias: torch.Tensor | None) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(weight, requires_grad=False)
+        self.register_buffer("scale", scale)
+        self.bias = None if bias is None else nn.Parameter(bias, requires_grad=False)
+
+    @classmethod
+    def from_linear(cls, linear: nn.Linear, dtype: torch.dtype) -> QuantizedLinear:
+        weight, scale = round_rows(linear.weight.detach(), dtype)
+        return cls(weight, scale.t().contiguous(), None if linear.bias is None else linear.bias.detach())
+
+    def forward(self, states: torch.Tensor) -> torch.Tensor:
+        """(frames, in_features) to (frames, out_features), in the states' dtype."""
+        return self.product(round_rows(states, self.weight.dtype), states.dtype)
+
+    def product(self, states: RoundedRows, dtype: torch.dtype) -> torch.Tensor:
+        """(frames, out_features) in `dtype`."""
+        rows, scale = states
+        if self.weight.dtype == torch.int8:
+            product = torch._int_mm(rows, self.weight.t()).float().mul_(scale).mul_(self.scale).to(dtype)
+            return product if self.bias is None else product.add_(self.bias)
+        return torch._scaled_mm(
+            rows, self.weight.t(), scale, self.scale, self.bias, out_dtype=dtype, use_fast_accum=True
+        )
 
 
 def quantization_of(model: MiMoAudioTokenizerModel) -> str | None:
@@ -94,7 +110,7 @@ def quantize(model: MiMoAudioTokenizerModel, quantization: str) -> MiMoAudioToke
             for part in (layer, layer.self_attn):
                 for name, linear in list(part.named_children()):
                     if isinstance(linear, nn.Linear):
-                        setattr(part, name, QuantizedLinear(linear, QUANTIZATIONS[quantization]))
+                        setattr(part, name, QuantizedLinear.from_linear(linear, QUANTIZATIONS[quantization]))
     model.save_pretrained = partial(_refuse_to_save, quantization)  # type: ignore[assignment]
     return model
 
