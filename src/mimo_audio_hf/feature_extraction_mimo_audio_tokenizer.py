@@ -112,6 +112,10 @@ class MiMoAudioTokenizerFeatureExtractor(SequenceFeatureExtractor):
         """Mel frames of a clip of `num_samples` samples."""
         return 1 + max(num_samples, self.nfft if num_samples <= self.nfft // 2 else 0) // self.hop_length
 
+    def num_frames_of(self, num_samples: torch.Tensor) -> torch.Tensor:
+        """[`num_frames`] of many clips (clips,)."""
+        return 1 + torch.where(num_samples <= self.nfft // 2, self.nfft, num_samples) // self.hop_length
+
     def samples_of_frames(self, start: int, stop: int, num_samples: int) -> tuple[int, int]:
         """Which samples of a clip decide its mel frames `start` to `stop`: from the first to before the last.
 

@@ -99,7 +99,7 @@ class PackedSequences:
 
     def pad(self, packed: torch.Tensor) -> torch.Tensor:
         """(total_frames, ...) to (clips, max_seqlen, ...), zeros past each clip's end."""
-        return _gather_rows(packed.to(self.cu_seqlens.device), self.padded_index)
+        return gather_rows(packed.to(self.cu_seqlens.device), self.padded_index)
 
     def unpad(self, padded: torch.Tensor) -> torch.Tensor:
         """(clips, frames, ...) to (total_frames, ...). Padding is never read."""
@@ -182,7 +182,7 @@ def _dataclass_to(instance: Any, device: torch.device | str, non_blocking: bool)
     return type(instance)(**moved)
 
 
-def _gather_rows(rows: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
+def gather_rows(rows: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
     """`rows[index]`, where an index one past the last row gives zeros."""
     table = torch.cat([rows, rows.new_zeros(1, *rows.shape[1:])]).view(len(rows) + 1, -1)
     # Unlike indexing, an embedding need not add up gradients of all the padding.
@@ -194,7 +194,7 @@ class PackedConv1d(nn.Conv1d):
     """1D convolution over packed clips, as one matrix product over gathered taps."""
 
     def forward(self, hidden_states: torch.Tensor, index: torch.Tensor) -> torch.Tensor:  # type: ignore[override]
-        taps = _gather_rows(hidden_states, index).flatten(1)
+        taps = gather_rows(hidden_states, index).flatten(1)
         return F.linear(taps, self.weight.transpose(1, 2).flatten(1), self.bias)
 
 
@@ -204,7 +204,7 @@ class PackedConvTranspose1d(nn.ConvTranspose1d):
     def forward(self, hidden_states: torch.Tensor, index: torch.Tensor) -> torch.Tensor:  # type: ignore[override]
         products = F.linear(hidden_states, self.weight.permute(2, 1, 0).flatten(0, 1))
         products = products.view(-1, self.out_channels)
-        outputs = _gather_rows(products, index).sum(1)
+        outputs = gather_rows(products, index).sum(1)
         return outputs if self.bias is None else outputs + self.bias
 
 
@@ -878,12 +878,12 @@ class MiMoAudioTokenizerISTFT(nn.Module):
         """Packed complex spectrum (total_frames, n_fft // 2 + 1) to samples (total_blocks, block)."""
         window = torch.hann_window(self.n_fft, dtype=torch.float32, device=spectrum.device)
         frames = torch.fft.irfft(spectrum, self.n_fft) * window
-        samples = _gather_rows(frames.view(-1, self.block), layout.audio_index).sum(1)
+        samples = gather_rows(frames.view(-1, self.block), layout.audio_index).sum(1)
         # The squared windows overlap as the frames do; row n of a frame's pieces holds the window's piece n % pieces.
         pieces = window.square().view(-1, self.block)
         inside = layout.audio_index < frames.numel() // self.block
         taps = torch.where(inside, layout.audio_index % pieces.shape[0], pieces.shape[0])
-        return samples / _gather_rows(pieces, taps).sum(1)
+        return samples / gather_rows(pieces, taps).sum(1)
 
 
 class MiMoAudioTokenizerISTFTHead(nn.Module):
@@ -1122,6 +1122,8 @@ class MiMoAudioTokenizerModel(MiMoAudioTokenizerPreTrainedModel):
     def __init__(self, config: MiMoAudioTokenizerConfig) -> None:
         super().__init__(config)
         self._frozen = False
+        # What runs calls on padded tensors as a whole, if it is given: mimo_audio_hf.optimize_for_inference does.
+        self.graphs: Any = None
         self.encoder = MiMoAudioTokenizerEncoder(config)
         self.decoder = MiMoAudioTokenizerDecoder(config) if config.has_decoder else None
         self.post_init()
@@ -1308,12 +1310,15 @@ class MiMoAudioTokenizerModel(MiMoAudioTokenizerPreTrainedModel):
         """
         num_quantizers = self.check_num_quantizers(num_quantizers)
         packed = layout is not None
+        hidden_states = self._hidden_states_list(output_hidden_states)
         if layout is None:
             input_features, lengths = self._check_features(input_features, attention_mask)
+            if self.graphs is not None and not output_latents and hidden_states is None and self.graphs.takes(lengths):
+                codes, mask = self.graphs.encode_padded(input_features, lengths, num_quantizers)
+                return MiMoAudioTokenizerEncoderOutput(audio_codes=codes, audio_codes_mask=mask)
             input_features, layout = self._pack_features(input_features, lengths)
         else:
             _check_packed("input_features", input_features, layout.mel, attention_mask)
-        hidden_states = self._hidden_states_list(output_hidden_states)
         features = self._encode_features(input_features, layout, hidden_states)
         output = MiMoAudioTokenizerEncoderOutput(
             audio_codes=self.encoder.quantizer.encode(features, num_quantizers, self._weight_dtype),
@@ -1353,12 +1358,21 @@ class MiMoAudioTokenizerModel(MiMoAudioTokenizerPreTrainedModel):
         """
         self._require_decoder()
         packed = layout is not None
+        hidden_states = self._hidden_states_list(output_hidden_states)
         if layout is None:
-            audio_codes, layout = self._pack_codes(audio_codes, audio_codes_mask)
+            audio_codes, lengths = self._check_codes(audio_codes, audio_codes_mask)
+            if self.graphs is not None and hidden_states is None and self.graphs.takes_codes(lengths):
+                samples = torch.tensor(lengths) * self.config.samples_per_frame
+                return MiMoAudioTokenizerDecoderOutput(
+                    audio_values=(waveforms := self.graphs.decode_padded(audio_codes, lengths)),
+                    audio_lengths=samples.to(waveforms.device, non_blocking=True),
+                )
+            device = _compute_device(self._require_decoder().dconv1.conv.weight, audio_codes)
+            layout = self.decoder_layout(lengths, device)
+            audio_codes = layout.codes.unpad(audio_codes.to(device).transpose(1, 2))
         else:
             _check_packed("audio_codes", audio_codes, layout.codes, audio_codes_mask)
         features = self.encoder.quantizer.decode(audio_codes.long(), self._weight_dtype)
-        hidden_states = self._hidden_states_list(output_hidden_states)
         output = self._decode_features(features, layout, hidden_states)
         return output if packed else _pad_decoder_output(output, layout)
 
@@ -1473,13 +1487,13 @@ class MiMoAudioTokenizerModel(MiMoAudioTokenizerPreTrainedModel):
         layout = self.encoder_layout(lengths, device)
         packed = layout.mel.unpad(input_features.to(device).transpose(1, 2))
         if not torch.isfinite(packed).all():
-            clip = int(layout.mel.sequence_ids[~torch.isfinite(packed).all(-1)][0])
-            raise ValueError(f"input_features of clip {clip} are NaN or infinite; accepted: finite log-mels")
+            raise not_finite_error(int(layout.mel.sequence_ids[~torch.isfinite(packed).all(-1)][0]))
         return packed, layout
 
-    def _pack_codes(
+    def _check_codes(
         self, audio_codes: torch.Tensor, audio_codes_mask: torch.Tensor | None
-    ) -> tuple[torch.Tensor, MiMoAudioTokenizerDecoderLayout]:
+    ) -> tuple[torch.Tensor, list[int]]:
+        """The codes as an int64 tensor, and the clips' lengths in code frames."""
         audio_codes = _as_tensor("audio_codes", audio_codes)
         shape = tuple(audio_codes.shape)
         if len(shape) != 3 or 0 in shape:
@@ -1501,9 +1515,7 @@ class MiMoAudioTokenizerModel(MiMoAudioTokenizerPreTrainedModel):
             clip, frame, book = outside.nonzero()[0].tolist()
             code = int(audio_codes[clip, book, frame])
             raise _range_error(f"audio_codes of clip {clip}", code, book, sizes)
-        device = _compute_device(self._require_decoder().dconv1.conv.weight, audio_codes)
-        layout = self.decoder_layout(lengths, device)
-        return layout.codes.unpad(audio_codes.to(device).transpose(1, 2)), layout
+        return audio_codes, lengths
 
     def _reconstruction_loss(
         self,
@@ -1562,6 +1574,10 @@ def _best_attn_implementation(device: torch.device, dtype: torch.dtype) -> str:
 def _compute_device(weight: torch.Tensor, data: torch.Tensor) -> torch.device:
     """Where a module runs: where its weights are, or where its input is if accelerate has offloaded them."""
     return data.device if weight.is_meta else weight.device
+
+
+def not_finite_error(clip: int) -> ValueError:
+    return ValueError(f"input_features of clip {clip} are NaN or infinite; accepted: finite log-mels")
 
 
 def check_code_range(audio_codes: torch.Tensor, codebook_sizes: Sequence[int]) -> None:
