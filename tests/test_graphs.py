@@ -5,12 +5,19 @@ from __future__ import annotations
 import copy
 import pickle
 import random
+from threading import Thread
 
 import pytest
 import torch
 from golden import load_golden
 
-from mimo_audio_hf import MiMoAudioTokenizerFeatureExtractor, load_model
+from mimo_audio_hf import (
+    MiMoAudioTokenizerFeatureExtractor,
+    decode_codes,
+    encode_waveforms,
+    load_model,
+    optimize_for_inference,
+)
 from mimo_audio_hf import graphs as graphs_module
 from mimo_audio_hf.graphs import GraphRunner
 
@@ -72,9 +79,9 @@ def test_padded_calls_of_a_model_with_a_runner(model, runner):
         encoded = model.encode(*batch)
         decoded = None if model.decoder is None else model.decode(encoded.audio_codes, encoded.audio_codes_mask)
         model.graphs = runner
-        before = runner.recorded
+        before = len(runner._seen)
         again = model.encode(*batch)
-        assert runner.recorded > before
+        assert len(runner._seen) > before
         assert torch.equal(again.audio_codes, encoded.audio_codes)
         assert torch.equal(again.audio_codes_mask, encoded.audio_codes_mask)
         if decoded is not None:
@@ -120,11 +127,11 @@ def test_few_shapes(runner):
 
 def test_old_graphs_go(runner, model, monkeypatch):
     monkeypatch.setattr(graphs_module, "MAX_GRAPHS", 2)
-    for frames in (10, 100, 200, 400):
+    sizes = 10, 100, 200, 400
+    for frames in (*sizes, *sizes):
         runner.encode(torch.zeros(frames, model.config.n_mels), [frames], 1)
-    assert len(runner._programs) == 2 and runner.recorded == 4
-    runner.encode(torch.zeros(400, model.config.n_mels), [400], 1)
-    assert runner.recorded == 4
+    assert len(runner._seen) == 4
+    assert [shape.total >= size for shape, size in zip(runner._programs, (200, 400), strict=True)] == [True, True]
 
 
 def test_a_model_that_was_changed_is_refused(runner, model):
@@ -137,3 +144,52 @@ def test_copies_have_no_graphs(runner, model):
     model.graphs = runner
     assert copy.deepcopy(model).graphs is None
     assert pickle.loads(pickle.dumps(runner)) is None
+
+
+def test_what_is_optimized_gives_the_same_on_a_cpu():
+    clips = random_clips(3, 0)
+    model = load_model("tiny", device="cpu")
+    expected = encode_waveforms(model, clips)
+    optimized = optimize_for_inference(load_model("tiny", device="cpu"))
+    assert optimized.graphs is None and not any(each.requires_grad for each in optimized.parameters())
+    assert all(map(torch.equal, encode_waveforms(optimized, clips), expected))
+    optimized.graphs = GraphRunner(optimized, capture=False)
+    assert all(map(torch.equal, encode_waveforms(optimized, clips), expected))
+    for one, other in zip(decode_codes(optimized, expected), decode_codes(model, expected), strict=True):
+        torch.testing.assert_close(one, other, rtol=0, atol=1e-5 * other.abs().max().item())
+
+
+def test_graphs_need_a_gpu():
+    with pytest.raises(ValueError, match="cuda_graphs=True for a model on cpu; accepted: one NVIDIA GPU"):
+        optimize_for_inference(load_model("tiny", device="cpu"), cuda_graphs=True)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_recorded_graphs(dtype):
+    plain = load_model("tiny", device="cuda", dtype=dtype)
+    model = optimize_for_inference(load_model("tiny", device="cuda", dtype=dtype))
+    batches = [random_clips(count, seed) for seed, count in enumerate([1, 3, 16, 1, 30, 2] * 4)]
+    agreement, total = 0, 0
+    for batch in batches + batches:
+        expected, actual = encode_waveforms(plain, batch), encode_waveforms(model, batch)
+        for one, other in zip(expected, actual, strict=True):
+            assert one.shape == other.shape
+            agreement += int((one == other).sum())
+            total += one.numel()
+        audio = decode_codes(plain, expected), decode_codes(model, expected)
+        for one, other in zip(*audio, strict=True):
+            assert one.shape == other.shape
+            assert (one - other).norm() <= (1e-4 if dtype == "float32" else 0.1) * one.norm()
+    assert agreement / total > (0.999 if dtype == "float32" else 0.8)
+    recorded = model.graphs.recorded
+    assert recorded > 10
+    threads = [Thread(target=encode_waveforms, args=(model, batch)) for batch in batches]
+    for thread in threads:
+        thread.start()
+    for batch, expected in zip(batches, [encode_waveforms(model, batch) for batch in batches], strict=True):
+        assert all(map(torch.equal, encode_waveforms(model, batch), expected))
+    for thread in threads:
+        thread.join()
+    assert model.graphs.recorded == recorded

@@ -42,7 +42,7 @@ def test_a_layer(bias, dtype, frames):
     if bias:
         expected = expected + linear.bias.double()
     with torch.inference_mode():
-        actual = QuantizedLinear(linear, torch.int8)(states)
+        actual = QuantizedLinear.from_linear(linear, torch.int8)(states)
         assert (actual.double() - linear(states).double()).norm() < 0.02 * expected.norm()
     assert actual.dtype == dtype
     torch.testing.assert_close(actual.double(), expected, rtol=1e-5 if dtype == torch.float32 else 2**-7, atol=1e-2)

@@ -64,7 +64,7 @@ class _Program:
 
 
 class GraphRunner:
-    """Runs `encode` and `decode` of a model by CUDA graphs, recorded as they are needed.
+    """Runs `encode` and `decode` of a model by CUDA graphs, each recorded when its size comes the second time.
 
     Results are on the model's device and in the current stream. Calls from several threads take turns.
 
@@ -80,6 +80,7 @@ class GraphRunner:
         self._data_ptr = self._weight.data_ptr()
         self._device = self._weight.device
         self._programs: OrderedDict[_Shape, _Program] = OrderedDict()
+        self._seen: set[_Shape] = set()
         self._pool = torch.cuda.graph_pool_handle() if capture else None
         self._stream = torch.cuda.Stream(self._device) if capture else None
         self._done = torch.cuda.Event() if capture else None
@@ -170,10 +171,15 @@ class GraphRunner:
                 torch.cuda.current_stream(self._device).wait_event(self._done)
             program = self._programs.get(shape)
             if program is None:
-                program = self._programs[shape] = self._record(shape, filled)
+                # A size that never comes again is not worth a recording.
+                program = self._prepare(shape, filled, record=shape in self._seen and self._stream is not None)
+                if shape in self._seen:
+                    self._programs[shape] = program
+                self._seen.add(shape)
                 if len(self._programs) > MAX_GRAPHS:
                     self._programs.popitem(last=False)
-            self._programs.move_to_end(shape)
+            else:
+                self._programs.move_to_end(shape)
             program.inputs[: len(data)].copy_(data, non_blocking=True)
             program.lengths.copy_(filled, non_blocking=True)
             outputs = program.run()
@@ -199,7 +205,7 @@ class GraphRunner:
             num_quantizers=num_quantizers,
         )
 
-    def _record(self, shape: _Shape, lengths: torch.Tensor) -> _Program:
+    def _prepare(self, shape: _Shape, lengths: torch.Tensor, record: bool) -> _Program:
         hop, n_mels, device = self._extractor.hop_length, self._model.config.n_mels, self._device
         lengths = lengths.to(device)
         if shape.inputs == "codes":
@@ -208,9 +214,10 @@ class GraphRunner:
             size = (shape.total * hop,) if shape.inputs == "waveforms" else (shape.total, n_mels)
             inputs = torch.zeros(size, device=device)
         body = partial(self._decode if shape.inputs == "codes" else self._encode, shape, inputs, lengths)
-        self.recorded += 1
-        if self._stream is None:
+        if not record:
             return _Program(inputs, lengths, body)
+        self.recorded += 1
+        assert self._stream is not None
         self._stream.wait_stream(torch.cuda.current_stream(device))
         with torch.cuda.device(device), torch.cuda.stream(self._stream):
             body()  # kernels are built and libraries set up before anything is recorded

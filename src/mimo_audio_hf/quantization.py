@@ -13,7 +13,11 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
-from .modeling_mimo_audio_tokenizer import MiMoAudioTokenizerLayer, MiMoAudioTokenizerModel
+from .modeling_mimo_audio_tokenizer import (
+    MiMoAudioTokenizerAttention,
+    MiMoAudioTokenizerLayer,
+    MiMoAudioTokenizerModel,
+)
 
 
 QUANTIZATIONS = {"int8": torch.int8, "fp8": torch.float8_e4m3fn}
@@ -105,14 +109,18 @@ def quantize(model: MiMoAudioTokenizerModel, quantization: str) -> MiMoAudioToke
         ValueError: the device cannot do it.
     """
     check_quantization(quantization, model.device)
-    for layer in model.modules():
-        if isinstance(layer, MiMoAudioTokenizerLayer):
-            for part in (layer, layer.self_attn):
-                for name, linear in list(part.named_children()):
-                    if isinstance(linear, nn.Linear):
-                        setattr(part, name, QuantizedLinear.from_linear(linear, QUANTIZATIONS[quantization]))
+    for part_name, part in model.named_modules():
+        if isinstance(part, (MiMoAudioTokenizerLayer, MiMoAudioTokenizerAttention)):
+            for name, linear in list(part.named_children()):
+                if isinstance(linear, nn.Linear) and not (quantization == "fp8" and _gains_nothing(part_name, name)):
+                    setattr(part, name, QuantizedLinear.from_linear(linear, QUANTIZATIONS[quantization]))
     model.save_pretrained = partial(_refuse_to_save, quantization)  # type: ignore[assignment]
     return model
+
+
+def _gains_nothing(part_name: str, name: str) -> bool:
+    """Whether rounding the inputs takes a GPU as long as it saves: of attention's outputs, of few channels."""
+    return name == "out_proj" or ".vocoder." in part_name
 
 
 def _refuse_to_save(quantization: str, *args: Any, **kwargs: Any) -> None:

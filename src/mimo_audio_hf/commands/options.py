@@ -16,6 +16,7 @@ from ..audio import AUDIO_FORMATS
 from ..checkpoints import RELEASED_MODEL, load_model
 from ..inference import MAX_BATCH_SECONDS, encode_waveforms
 from ..modeling_mimo_audio_tokenizer import ATTENTION_BACKENDS, MiMoAudioTokenizerModel
+from ..optimization import optimize_for_inference
 from ..quantization import QUANTIZATIONS
 
 
@@ -129,4 +130,4 @@ def load_converter(
         raise ValueError(f"{name} holds an encoder only: it cannot decode; accepted: a model with a decoder")
     if args.attn_implementation is not None:  # which may not run on this device or with this dtype
         encode_waveforms(model, [torch.zeros(1)], 1)
-    return model
+    return optimize_for_inference(model)
