@@ -7,8 +7,8 @@ Weights are random. `encode` takes packed waveforms that are on the device alrea
 to waveforms there, both with whatever they need of the clips' lengths; `front_end` is the log-mels alone. Paths:
 `plain` is the model as it is loaded, `fast` after `optimize_for_inference`, `fp8` that in 8 bits. Times are medians,
 after five calls. The floor is the operations of the frames really there over the rate of a large bfloat16 product
-(float32 on a CPU) in the same run. What is built: Triton kernels and CUDA graphs, in the first call, from a cold cache,
-and in 200 batches of random lengths after others like them.
+(float32 on a CPU) in the same run. What is built: Triton kernels and CUDA graphs, in the first call (from a cold
+cache) and in 200 batches of random lengths after others like them.
 """
 
 from __future__ import annotations
