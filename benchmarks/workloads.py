@@ -7,6 +7,7 @@ import os
 import platform
 import statistics
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -78,12 +79,17 @@ def floor_flops(config: MiMoAudioTokenizerConfig, mels: list[int]) -> tuple[floa
     return encode, decode
 
 
-def seconds_of(function: Callable[[], Any], repeats: int = 20, warmup: int = 5) -> float:
-    """Median of `repeats` runs, by CUDA events."""
+def seconds_of(function: Callable[[], Any], repeats: int = 20, warmup: int = 5, device: str = "cuda") -> float:
+    """Median of `repeats` runs, by CUDA events, or on a CPU by its clock."""
     for _ in range(warmup):
         function()
     times = []
     for _ in range(repeats):
+        if device == "cpu":
+            started = time.perf_counter()
+            function()
+            times.append(time.perf_counter() - started)
+            continue
         start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         start.record()
         function()
@@ -93,10 +99,10 @@ def seconds_of(function: Callable[[], Any], repeats: int = 20, warmup: int = 5) 
     return statistics.median(times)
 
 
-def measured_ceiling(size: int = 8192) -> float:
-    """FLOP/s of a bfloat16 product of random square matrices: the rate that the floor is counted at."""
-    a, b = (torch.randn(size, size, device="cuda", dtype=torch.bfloat16) for _ in range(2))
-    return 2 * size**3 / seconds_of(lambda: a @ b)
+def measured_ceiling(size: int = 8192, device: str = "cuda", dtype: torch.dtype = torch.bfloat16) -> float:
+    """FLOP/s of a product of random square matrices: the rate that the floor is counted at."""
+    a, b = (torch.randn(size, size, device=device, dtype=dtype) for _ in range(2))
+    return 2 * size**3 / seconds_of(lambda: a @ b, device=device)
 
 
 def report(name: str, results: dict[str, Any], output: Path | None, device: str | None = None) -> None:

@@ -144,7 +144,7 @@ def test_device_dtype_and_attention_are_as_asked(tiny_checkpoint):
 
 def test_a_dtype_may_be_given_by_name(tiny_checkpoint):
     assert load_model(tiny_checkpoint, device="cpu", dtype="bfloat16").dtype == torch.bfloat16
-    for dtype in ("bfloat17", "nn", "int8", torch.int8):
+    for dtype in ("bfloat17", "nn", "int4", torch.int8):
         with pytest.raises(ValueError, match=f"dtype={dtype!r}; accepted: .*'bfloat16'"):
             load_model(tiny_checkpoint, device="cpu", dtype=dtype)
 

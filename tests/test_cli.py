@@ -474,7 +474,7 @@ def test_init_writes_a_checkpoint_once(run, tmp_path):
         (["bake"], "bake"),
         (["encode", "a.wav"], "-o/--output"),
         (["encode", "-o", "codes"], "IN"),
-        (["encode", "a.wav", "-o", "codes", "--dtype", "int8"], "int8"),
+        (["encode", "a.wav", "-o", "codes", "--dtype", "int4"], "int4"),
         (["decode", "a.safetensors", "-o", "out", "--format", "aac"], "aac"),
         (["encode", "a.wav", "-o", "-"], "'-', standard input or output"),
         (["encode", "-", "-o", "codes"], "'-', standard input or output"),

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from copy import deepcopy
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -9,6 +11,7 @@ from golden import load_golden
 
 from mimo_audio_hf import load_model
 from mimo_audio_hf import modeling_mimo_audio_tokenizer as modeling
+from mimo_audio_hf.quantization import round_rows
 
 
 pytestmark = [
@@ -16,7 +19,7 @@ pytestmark = [
     pytest.mark.skipif(not torch.cuda.is_available(), reason="these tests need a CUDA GPU"),
 ]
 pytest.importorskip("triton")
-from mimo_audio_hf import fused  # noqa: E402 (which imports Triton)
+from mimo_audio_hf import attention_kernels, fused  # noqa: E402 (which import Triton)
 
 
 DEVICE, DTYPE = "cuda", torch.bfloat16
@@ -108,7 +111,14 @@ def test_bias_gelu(rows, dim):
 @pytest.mark.parametrize("apart", [False, True])
 @pytest.mark.parametrize(
     ("heads", "head_dim", "window"),
-    [(20, 64, (-1, -1)), (20, 64, (-1, 0)), (3, 32, (40, 10)), (2, 32, (128, 0)), (2, 64, (100, -1))],
+    [
+        (20, 64, (-1, -1)),
+        (20, 64, (-1, 0)),
+        (3, 32, (40, 10)),
+        (2, 32, (128, 0)),
+        (2, 64, (100, -1)),
+        (4, 16, (-1, 0)),
+    ],
 )
 def test_rotary_attention(heads, head_dim, window, apart):
     sequences = modeling.PackedSequences.from_lengths([1, 7, 130, 64, 128, 300, 1400], DEVICE)
@@ -118,9 +128,9 @@ def test_rotary_attention(heads, head_dim, window, apart):
         states = [tensor.contiguous() for tensor in states]
     embeddings = modeling._rotary_embedding(sequences.position_ids, head_dim, 10000.0, DTYPE, DTYPE)
     with torch.no_grad():
-        places = sequences.cu_seqlens, sequences.max_seqlen
-        output = fused.rotary_attention(*states, embeddings, *places, heads, 0.1, window)
         query, key, value = (tensor.unflatten(1, (heads, head_dim)).double() for tensor in states)
+        places = sequences.cu_seqlens, sequences.max_seqlen
+        output = attention_kernels.rotary_attention_(*states, embeddings, *places, heads, 0.1, window)
         query, key = modeling.apply_rotary(query, key, *(tensor.double() for tensor in embeddings))
         expected = modeling.eager_attention_forward(
             query,
@@ -133,6 +143,79 @@ def test_rotary_attention(heads, head_dim, window, apart):
         )
     # Queries, keys, weights and outputs are each rounded to 2**-9.
     assert error(output, expected.flatten(1)) < 6e-3
+
+
+@pytest.mark.parametrize("apart", [False, True])
+@pytest.mark.parametrize(("heads", "head_dim", "window"), [(16, 16, (40, 10)), (2, 32, (0, 0)), (3, 64, (128, 64))])
+@torch.no_grad()
+def test_banded_rotary_attention(heads, head_dim, window, apart):
+    sequences = modeling.PackedSequences.from_lengths([1, 7, 130, 64, 128, 300], DEVICE)
+    dim = heads * head_dim
+    states = draw(sequences.total, 3 * dim).split(dim, dim=1)
+    if not apart:
+        states = [tensor.contiguous() for tensor in states]
+    embeddings = modeling._rotary_embedding(sequences.position_ids, head_dim, 10000.0, DTYPE, DTYPE)
+    assert attention_kernels.takes_band(window, head_dim)
+    output = attention_kernels.banded_rotary_attention(*states, embeddings, sequences.sequence_ids, heads, 0.1, window)
+    query, key, value = (tensor.unflatten(1, (heads, head_dim)).double() for tensor in states)
+    query, key = modeling.apply_rotary(query, key, *(tensor.double() for tensor in embeddings))
+    mask = modeling.padded_mask(sequences, window)
+    expected = modeling.eager_attention_forward(query, key, value, mask, 0.1, sequences, window)
+    assert error(output, expected.flatten(1)) < 6e-3
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(("rows", "dim"), [(7, 48), (1031, 1280)])
+def test_rows_rounded_to_8_bits(rows, dim):
+    if DEVICE == "cuda" and torch.cuda.get_device_capability() < (8, 9):
+        pytest.skip("needs a GPU with 8-bit floats")
+    inputs = [draw(rows, dim, seed=seed) for seed in range(4)]
+    hidden, update, weight, shift = inputs[0], inputs[1], inputs[2][0], inputs[3][0]
+    hidden[3] = update[3] = shift[:] = 0
+    plain = fused.add_norm(hidden, update, weight, shift, 1e-5)
+    summed, rounded = fused.add_norm_rounded(hidden, update, weight, shift, 1e-5, torch.float8_e4m3fn)
+    assert torch.equal(summed, plain[0])
+    widened = fused.gelu_rounded(hidden, torch.float8_e4m3fn)
+    for (actual, scale), states in ((rounded, plain[1]), (widened, fused.gelu_(hidden.clone()))):
+        expected, expected_scale = round_rows(states, torch.float8_e4m3fn)
+        torch.testing.assert_close(scale, expected_scale, rtol=1e-6, atol=0)
+        # A quotient may be rounded to the other side; no more than a step of four bits.
+        assert (actual.float() != expected.float()).float().mean() < 1e-3
+        torch.testing.assert_close(actual.float(), expected.float(), rtol=0.13, atol=2**-9)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("num_quantizers", [1, 3, 5])
+def test_residual_search(num_quantizers):
+    books = [draw(size, 128, seed=seed) for seed, size in enumerate((1024, 1024, 128, 100, 3))]
+    features = draw(500, 128, seed=9)
+    search = fused.ResidualSearch([book.float() for book in books], DTYPE)
+    codes = search(features, num_quantizers)
+    residual = features.double()
+    expected = []
+    for book in books[:num_quantizers]:
+        expected.append(torch.cdist(residual, book.double()).argmin(-1))
+        residual = residual - book.double()[expected[-1]]
+    # Another entry is chosen only where two are as near as float32 can tell; then the next books' differ as well.
+    assert (codes != torch.stack(expected, dim=1)).any(1).float().mean() < 0.01
+
+
+@torch.no_grad()
+def test_joined_projections():
+    model = load_model("tiny", device=DEVICE, dtype=DTYPE)
+    expected = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    stack = model.encoder
+    states = draw(50, model.config.d_model)
+    sequences = modeling.PackedSequences.from_lengths([20, 30], DEVICE)
+    backend = modeling.ATTENTION_BACKENDS["triton_varlen"]
+    before = stack.run_layers(states, sequences, backend)
+    for layer in stack.layers:
+        fused.join_projections(layer.self_attn)
+        assert vars(layer.self_attn)["joined_projections"].are_those_of(layer.self_attn)
+    assert all(torch.equal(tensor, expected[name]) for name, tensor in model.state_dict().items())
+    assert error(stack.run_layers(states, sequences, backend), before.double()) < 6e-3
+    copied = deepcopy(stack.layers[0].self_attn)
+    assert not vars(copied)["joined_projections"].are_those_of(copied)
 
 
 @pytest.mark.parametrize(

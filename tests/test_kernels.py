@@ -7,7 +7,6 @@ import torch
 from golden import expected_clips, load_golden, pad_features
 from transformers.utils import is_flash_attn_2_available
 
-from mimo_audio_hf import kernels
 from mimo_audio_hf import modeling_mimo_audio_tokenizer as modeling
 
 
@@ -15,6 +14,10 @@ pytestmark = [
     pytest.mark.gpu,
     pytest.mark.skipif(not torch.cuda.is_available(), reason="these tests need a CUDA GPU"),
 ]
+pytest.importorskip("triton")
+from mimo_audio_hf import attention_kernels  # noqa: E402 (which imports Triton)
+
+
 HALF_PRECISION = [
     name
     for name, backend in modeling.ATTENTION_BACKENDS.items()
@@ -58,7 +61,7 @@ def test_rotary(heads, head_dim):
     angles = torch.rand(777, 1, head_dim // 2, device="cuda") * 6
     cos, sin = angles.cos().bfloat16(), angles.sin().bfloat16()
     with torch.inference_mode():
-        outputs = kernels.triton_rotary(query, key, cos, sin)
+        outputs = attention_kernels.triton_rotary(query, key, cos, sin)
     expected = modeling.apply_rotary(*(states.double() for states in (query, key, cos, sin)))
     for actual, reference in zip(outputs, expected, strict=True):
         assert error(actual, reference) < 2.5e-3
@@ -79,7 +82,7 @@ def test_gradients_of_banded_attention(heads, head_dim, window, lengths):
     check_gradients(states, weights, sequences, window)
 
 
-def check_gradients(states, weights, sequences, window, attend=kernels.triton_attention_forward):
+def check_gradients(states, weights, sequences, window, attend=attention_kernels.triton_attention_forward):
     """Against float64; the states with `requires_grad=False` get none."""
     arguments = {"scaling": states[0].shape[2] ** -0.5, "sequences": sequences, "window": window}
     differentiated = (
@@ -123,17 +126,17 @@ def test_gradients_that_are_not_contiguous(layout):
 
 def test_gradients_of_compiled_attention():
     states, weights, sequences = banded_states()
-    compiled = torch.compile(kernels.triton_attention_forward, fullgraph=True)
+    compiled = torch.compile(attention_kernels.triton_attention_forward, fullgraph=True)
     check_gradients(states, weights, sequences, (40, 10), attend=compiled)
 
 
 def test_what_is_not_finite_stays_in_its_clip():
     states, _, sequences = banded_states()
     arguments = {"attention_mask": None, "scaling": 0.25, "sequences": sequences, "window": (40, 10)}
-    clean = kernels.triton_attention_forward(*states, **arguments)
+    clean = attention_kernels.triton_attention_forward(*states, **arguments)
     for tensor in states:
         tensor[:7] = float("nan")
-    assert torch.equal(kernels.triton_attention_forward(*states, **arguments)[7:], clean[7:])
+    assert torch.equal(attention_kernels.triton_attention_forward(*states, **arguments)[7:], clean[7:])
 
 
 def test_gradients_of_rotary():
@@ -142,7 +145,7 @@ def test_gradients_of_rotary():
     angles = torch.rand(777, 1, 32, device="cuda") * 6
     cos, sin = angles.cos().bfloat16(), angles.sin().bfloat16()
     ours = [tensor.clone().requires_grad_() for tensor in states]
-    torch.autograd.backward(kernels.triton_rotary(*ours, cos, sin), weights)
+    torch.autograd.backward(attention_kernels.triton_rotary(*ours, cos, sin), weights)
     references = [tensor.double().requires_grad_() for tensor in states]
     rotated = modeling.apply_rotary(*references, cos.double(), sin.double())
     torch.autograd.backward(rotated, [tensor.double() for tensor in weights])

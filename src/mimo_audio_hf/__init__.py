@@ -15,6 +15,7 @@ from .dataset import detokenize_audio, tokenize_audio
 from .feature_extraction_mimo_audio_tokenizer import MiMoAudioTokenizerFeatureExtractor
 from .inference import decode_codes, encode_waveforms
 from .modeling_mimo_audio_tokenizer import MiMoAudioTokenizerModel
+from .optimization import optimize_for_inference
 from .version import __version__
 
 
@@ -34,6 +35,7 @@ __all__ = [
     "encode_waveforms",
     "load_audio",
     "load_model",
+    "optimize_for_inference",
     "save_audio",
     "tokenize_audio",
 ]

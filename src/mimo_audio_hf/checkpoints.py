@@ -18,6 +18,7 @@ from transformers.configuration_utils import PreTrainedConfig
 from .configuration_mimo_audio_tokenizer import MiMoAudioTokenizerConfig
 from .feature_extraction_mimo_audio_tokenizer import MiMoAudioTokenizerFeatureExtractor
 from .modeling_mimo_audio_tokenizer import MiMoAudioTokenizerModel
+from .quantization import QUANTIZATIONS, REMAINDER_DTYPES, check_quantization, quantization_of, quantize
 
 
 RELEASED_MODEL = "XiaomiMiMo/MiMo-Audio-Tokenizer"
@@ -72,20 +73,32 @@ def load_model(
         device: where to put it; by default CUDA if there is any, else MPS, else the CPU. A loaded model stays where it
             is by default.
         dtype: the dtype of its weights, or its name (`"bfloat16"`); by default the checkpoint's, or the loaded
-            model's.
+            model's. `"int8"`, on a CPU, and `"fp8"`, on a GPU that has it, round the transformer layers' products to 8
+            bits; the rest is float32 and bfloat16.
         attn_implementation: one of `ATTENTION_BACKENDS`, e.g. `"sdpa"`; by default the best one for device and dtype.
         model_class: the class of the model that is made. A loaded model keeps its own.
 
     Raises:
         ValueError: there is no such model, its files are missing, damaged, a pickle, or another model's; the dtype is
-            none of weights; or the device or the attention implementation is not available. The message names which.
+            none of weights; or the device or the attention implementation is not available, or the device cannot do
+            the dtype. The message names which.
     """
-    weight_dtype = None if dtype is None else _weight_dtype(dtype)
+    quantization = dtype if isinstance(dtype, str) and dtype in QUANTIZATIONS else None
+    weight_dtype: torch.dtype | None = None
+    if quantization is not None:
+        weight_dtype = REMAINDER_DTYPES[quantization]
+    elif dtype is not None:
+        weight_dtype = _weight_dtype(dtype)
     if isinstance(model, MiMoAudioTokenizerModel):
         loaded = model
         target = None if device is None else _available_device(device)
+        found = quantization_of(loaded)
+        if found is not None and (dtype not in (None, found) or target not in (None, loaded.device)):
+            raise ValueError(f"the model is quantized to {found}; accepted: the dtype and the device that it has")
     else:
         target = _available_device(_default_device() if device is None else device)
+        if quantization is not None:
+            check_quantization(quantization, target)
         loaded = _read_checkpoint(_TINY if model == "tiny" else model, weight_dtype, model_class)
         if model == "tiny":
             loaded.config.name_or_path = "tiny"
@@ -95,7 +108,10 @@ def load_model(
             loaded.set_attn_implementation(attn_implementation)
         except ImportError as error:
             raise ValueError(f"attn_implementation={attn_implementation!r} is not available: {error}") from error
-    return loaded.to(device=target, dtype=weight_dtype)  # type: ignore[call-arg] # (transformers wraps it untyped)
+    if quantization is not None and quantization_of(loaded) is not None:
+        return loaded
+    loaded = loaded.to(device=target, dtype=weight_dtype)  # type: ignore[call-arg] # (transformers wraps it untyped)
+    return loaded if quantization is None else quantize(loaded, quantization)
 
 
 def init_checkpoint(directory: str | os.PathLike[str], preset: str, seed: int = 0) -> MiMoAudioTokenizerModel:
@@ -188,7 +204,9 @@ def _find_subfolder(name: str) -> str:
 def _weight_dtype(dtype: torch.dtype | str) -> torch.dtype:
     found = getattr(torch, dtype, None) if isinstance(dtype, str) else dtype
     if not isinstance(found, torch.dtype) or not found.is_floating_point:
-        raise ValueError(f"dtype={dtype!r}; accepted: a floating torch.dtype or its name, such as 'bfloat16'")
+        raise ValueError(
+            f"dtype={dtype!r}; accepted: a floating torch.dtype or its name, such as 'bfloat16', 'int8' or 'fp8'"
+        )
     return found
 
 

@@ -33,6 +33,7 @@ from .inference import (
     encode_waveforms,
 )
 from .modeling_mimo_audio_tokenizer import MiMoAudioTokenizerModel
+from .optimization import optimize_for_inference
 
 
 # The most channels that audio is believed to have.
@@ -298,4 +299,5 @@ def _loaded_model(
 def _model_of_this_process(
     model: str, device: str | None, dtype: torch.dtype | str | None, attn_implementation: str | None
 ) -> MiMoAudioTokenizerModel:
-    return load_model(model, device=device, dtype=dtype, attn_implementation=attn_implementation)
+    loaded = load_model(model, device=device, dtype=dtype, attn_implementation=attn_implementation)
+    return optimize_for_inference(loaded)

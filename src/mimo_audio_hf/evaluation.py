@@ -47,6 +47,7 @@ from .metrics import (
     require_package,
 )
 from .modeling_mimo_audio_tokenizer import MiMoAudioTokenizerModel
+from .quantization import quantization_of
 
 
 Result = TypeVar("Result")
@@ -393,7 +394,7 @@ def evaluate(
     return Evaluation(
         model={
             "name": model.config.name_or_path or "",
-            "dtype": str(model.dtype).removeprefix("torch."),
+            "dtype": quantization_of(model) or str(model.dtype).removeprefix("torch."),
             "device": _device_name(model.device),
             "attention": model.attn_implementation,
         },

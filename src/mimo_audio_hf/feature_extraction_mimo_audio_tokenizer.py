@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import itertools
 import math
 import numbers
 from collections.abc import Sequence
@@ -113,6 +112,10 @@ class MiMoAudioTokenizerFeatureExtractor(SequenceFeatureExtractor):
         """Mel frames of a clip of `num_samples` samples."""
         return 1 + max(num_samples, self.nfft if num_samples <= self.nfft // 2 else 0) // self.hop_length
 
+    def num_frames_of(self, num_samples: torch.Tensor) -> torch.Tensor:
+        """[`num_frames`] of many clips (clips,)."""
+        return 1 + torch.where(num_samples <= self.nfft // 2, self.nfft, num_samples) // self.hop_length
+
     def samples_of_frames(self, start: int, stop: int, num_samples: int) -> tuple[int, int]:
         """Which samples of a clip decide its mel frames `start` to `stop`: from the first to before the last.
 
@@ -140,17 +143,45 @@ class MiMoAudioTokenizerFeatureExtractor(SequenceFeatureExtractor):
         Returns:
             (total_frames, n_mels), the frames of each clip as [`num_frames`] counts them.
         """
-        # Filled up to whole hops, so that every clip's frames are among those of the whole; in between, and over the
-        # seams, there are some that are nobody's.
-        reflected = [self._reflected(waveform) for waveform in waveforms]
-        filled = [nn.functional.pad(clip, (0, -len(clip) % self.hop_length)) for clip in reflected]
-        mel = self._log_mel(torch.cat(filled))
-        starts = [0, *itertools.accumulate(len(clip) // self.hop_length for clip in filled[:-1])]
-        kept = [
-            mel[:, start : start + self.num_frames(len(waveform))]
-            for start, waveform in zip(starts, waveforms, strict=True)
-        ]
-        return torch.cat(kept, dim=1).t()
+        lengths = [len(waveform) for waveform in waveforms]
+        samples = torch.cat(list(waveforms))
+        frames = [self.num_frames(length) for length in lengths]
+        # In one tensor: each copy to a GPU is waited for.
+        lengths, frame_lengths = torch.tensor([lengths, frames], device=samples.device)
+        return self.log_mel_of_packed(samples, lengths, frame_lengths, sum(frames))
+
+    def log_mel_of_packed(
+        self, samples: torch.Tensor, lengths: torch.Tensor, frame_lengths: torch.Tensor, total_frames: int
+    ) -> torch.Tensor:
+        """As [`packed_log_mel_spectrogram`], of clips whose lengths their device alone knows.
+
+        Args:
+            samples: (total_samples,) float32, clips end to end.
+            lengths: (clips,) in samples; may be 0.
+            frame_lengths: (clips,), as [`num_frames`] counts them. What a clip has more is silence.
+            total_frames: their sum.
+
+        Returns:
+            (total_frames, n_mels).
+        """
+        # Every clip with half a window of its mirror image at both ends, in whole hops. Spectra over the seams between
+        # clips are nobody's.
+        seam = -(-self.nfft // self.hop_length) - 1
+        ends = (frame_lengths + seam).cumsum(0)
+        hop = torch.arange(total_frames + seam * len(lengths), device=samples.device)
+        clip = torch.searchsorted(ends, hop, right=True)
+        reach = self.nfft // 2
+        padded = torch.where(lengths <= reach, self.nfft, lengths)
+        first = (hop - (ends - frame_lengths - seam)[clip]) * self.hop_length - reach
+        place = first[:, None] + torch.arange(self.hop_length, device=samples.device)
+        last = padded[clip, None] - 1
+        place = last - (last - place.abs()).abs()
+        inside = (place >= 0) & (place < lengths[clip, None])
+        rows = (place + (lengths.cumsum(0) - lengths)[clip, None]).clamp(0, len(samples) - 1)
+        mel = self._log_mel(torch.where(inside, samples[rows], 0.0).flatten())
+        frame = torch.arange(total_frames, device=samples.device)
+        clip = torch.searchsorted(frame_lengths.cumsum(0), frame, right=True)
+        return mel.t()[frame + seam * clip]
 
     def _reflected(self, waveform: torch.Tensor) -> torch.Tensor:
         """One clip with half a window of its mirror image at both ends."""

@@ -1,14 +1,15 @@
 # Copyright 2026 The mimo-audio-hf authors. Licensed under the Apache License, Version 2.0.
-"""Triton kernels for what lies between a transformer layer's matrix products.
+"""Triton kernels for what lies between a transformer layer's matrix products, and for the codebooks' search.
 
 The products run at the GPU's limit; the rest is memory traffic, and each of these passes over it once where PyTorch
-does several times: adding to the residual stream and the norm that follows; GELU with its bias; attention over packed
-clips that turns queries and keys (RoPE) as it reads them. The first two have gradients.
+does several times: adding to the residual stream and the norm that follows, and GELU with its bias. Both have
+gradients. Before products in 8 bits they round their results to 8 bits, too.
 """
 
 from __future__ import annotations
 
-from typing import Any, cast
+from collections.abc import Sequence
+from typing import Any, NamedTuple, cast
 
 import torch
 import torch.nn.functional as F
@@ -18,6 +19,7 @@ from torch import nn
 from torch.autograd.function import once_differentiable
 from transformers.activations import ACT2FN
 
+from .attention_kernels import HEAD_DIMS, MAX_CLIPS, MAX_PLACE, banded_rotary_attention, rotary_attention_, takes_band
 from .modeling_mimo_audio_tokenizer import (
     AttentionBackend,
     MiMoAudioTokenizerAttention,
@@ -26,21 +28,27 @@ from .modeling_mimo_audio_tokenizer import (
     PackedSequences,
     Window,
 )
+from .quantization import QuantizedLinear, RoundedRows, round_rows
 
 
 # Programs that share the rows of a gradient: a few for each of the GPU's processors.
 PROGRAMS = 528
 # Rows and columns of a tile of GELU's gradient, and rows that a program adds up.
 TILE_ROWS, TILE_COLUMNS, CHUNK = 32, 128, 256
-QUERIES, KEYS = 128, 64
-# Of attention: a half of one is a factor of a product, of at least 16; at 128 a block outgrows smaller GPUs.
-HEAD_DIMS = (32, 64)
-MAX_CLIPS = 65535  # of attention, what a grid has room for
 
 
 @triton.jit
 def _row(pointer, row, columns, inside):
     return tl.load(pointer + row + columns, inside, other=0.0).to(tl.float32)
+
+
+@triton.jit
+def _scaled_row(row, round_scales, largest_rounded):
+    """A row divided so that the largest number is the largest in 8 bits, after storing what it was divided by."""
+    row = row.to(tl.float32)
+    scale = tl.maximum(tl.max(tl.abs(row), axis=0), 1e-12) / largest_rounded
+    tl.store(round_scales + tl.program_id(0), scale)
+    return row / scale
 
 
 @triton.jit
@@ -54,14 +62,17 @@ def _add_norm_kernel(
     normed_out,
     means,
     scales,
+    round_scales,
     limit,
     eps,
+    largest_rounded,
     dim: tl.constexpr,
     BLOCK: tl.constexpr,
     HAS_BIAS: tl.constexpr,
     KEEPS: tl.constexpr,
+    ROUNDS: tl.constexpr,
 ):
-    """Of a row, hidden + update + bias, and its layer norm."""
+    """Of a row, hidden + update + bias, and its layer norm, in 8 bits where ROUNDS."""
     row = tl.program_id(0).to(tl.int64) * dim
     columns = tl.arange(0, BLOCK)
     inside = columns < dim
@@ -78,6 +89,8 @@ def _add_norm_kernel(
     centered = tl.where(inside, x - mean, 0.0)
     scale = tl.rsqrt(tl.sum(centered * centered, axis=0) / dim + eps)
     normed = centered * scale * _row(weight, 0, columns, inside) + _row(shift, 0, columns, inside)
+    if ROUNDS:
+        normed = _scaled_row(normed.to(hidden_out.dtype.element_ty), round_scales, largest_rounded)
     tl.store(normed_out + row + columns, normed, inside)
     if KEEPS:
         tl.store(means + tl.program_id(0), mean)
@@ -187,10 +200,12 @@ def _launch_add_norm(
     limit: float,
     means: torch.Tensor | None = None,
     scales: torch.Tensor | None = None,
+    rounded: RoundedRows | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     total, dim = hidden_states.shape
     hidden_states = hidden_states.contiguous()
-    summed, normed = torch.empty_like(hidden_states), torch.empty_like(hidden_states)
+    summed = torch.empty_like(hidden_states)
+    normed = torch.empty_like(hidden_states) if rounded is None else rounded.rows
     _add_norm_kernel[(total,)](
         hidden_states,
         update.contiguous(),
@@ -201,14 +216,26 @@ def _launch_add_norm(
         normed,
         means,
         scales,
+        None if rounded is None else rounded.scale,
         limit,
         eps,
+        _largest(rounded),
         dim=dim,
         BLOCK=triton.next_power_of_2(dim),
         HAS_BIAS=bias is not None,
         KEEPS=means is not None,
+        ROUNDS=rounded is not None,
     )
     return summed, normed
+
+
+def _largest(rounded: RoundedRows | None) -> float:
+    return 1.0 if rounded is None else torch.finfo(rounded.rows.dtype).max
+
+
+def _empty_rounded(states: torch.Tensor, dtype: torch.dtype) -> RoundedRows:
+    scale = torch.empty(len(states), 1, dtype=torch.float32, device=states.device)
+    return RoundedRows(torch.empty_like(states, dtype=dtype), scale)
 
 
 def add_norm(
@@ -223,10 +250,9 @@ def add_norm(
 
     Half-precision sums are limited where the plain layers limit them.
     """
-    dtype = hidden_states.dtype
     differentiated = _needs_gradient(hidden_states, update, weight, shift, bias)
-    limited = dtype == torch.float16 or (dtype == torch.bfloat16 and not differentiated)
-    limit = torch.finfo(dtype).max - 1000 if limited else torch.inf
+    limit = _limit(hidden_states.dtype, differentiated)
+    limited = limit < torch.inf
     if not differentiated:
         return _launch_add_norm(hidden_states, update, bias, weight, shift, eps, limit)
     if limited:  # float16: rarely trained, so the limit's gradient has no kernel
@@ -236,6 +262,55 @@ def add_norm(
     return _AddNorm.apply(hidden_states, update, bias, weight, shift, eps)
 
 
+def _limit(dtype: torch.dtype, differentiated: bool) -> float:
+    limited = dtype == torch.float16 or (dtype == torch.bfloat16 and not differentiated)
+    return torch.finfo(dtype).max - 1000 if limited else torch.inf
+
+
+def add_norm_rounded(
+    hidden_states: torch.Tensor,
+    update: torch.Tensor,
+    weight: torch.Tensor,
+    shift: torch.Tensor,
+    eps: float,
+    dtype: torch.dtype,
+) -> tuple[torch.Tensor, RoundedRows]:
+    """As [`add_norm`] without a gradient, with the norm's rows in the 8 bits of `dtype`."""
+    rounded = _empty_rounded(hidden_states, dtype)
+    limit = _limit(hidden_states.dtype, differentiated=False)
+    summed, _ = _launch_add_norm(hidden_states, update, None, weight, shift, eps, limit, rounded=rounded)
+    return summed, rounded
+
+
+@triton.jit
+def _gelu(x):
+    return 0.5 * x * (1 + tl.erf(x * 0.7071067811865476))
+
+
+@triton.jit
+def _gelu_rounded_kernel(states, output, round_scales, largest_rounded, dim: tl.constexpr, BLOCK: tl.constexpr):
+    row = tl.program_id(0).to(tl.int64) * dim
+    columns = tl.arange(0, BLOCK)
+    inside = columns < dim
+    x = _gelu(_row(states, row, columns, inside)).to(states.dtype.element_ty)
+    tl.store(output + row + columns, _scaled_row(x, round_scales, largest_rounded), inside)
+
+
+def gelu_rounded(states: torch.Tensor, dtype: torch.dtype) -> RoundedRows:
+    """GELU (exact) of (total_frames, dim) without a gradient, rows in the 8 bits of `dtype`."""
+    total, dim = states.shape
+    rounded = _empty_rounded(states, dtype)
+    _gelu_rounded_kernel[(total,)](
+        states,
+        *rounded,
+        _largest(rounded),
+        dim=dim,
+        BLOCK=triton.next_power_of_2(dim),
+        num_warps=8,
+    )
+    return rounded
+
+
 @triton.jit
 def _gelu_kernel(states, bias, output, total, dim: tl.constexpr, BLOCK: tl.constexpr, HAS_BIAS: tl.constexpr):
     offset = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
@@ -243,7 +318,7 @@ def _gelu_kernel(states, bias, output, total, dim: tl.constexpr, BLOCK: tl.const
     x = tl.load(states + offset, inside, other=0.0).to(tl.float32)
     if HAS_BIAS:
         x += tl.load(bias + offset % dim, inside, other=0.0).to(tl.float32)
-    tl.store(output + offset, 0.5 * x * (1 + tl.erf(x * 0.7071067811865476)), inside)
+    tl.store(output + offset, _gelu(x), inside)
 
 
 @triton.jit
@@ -325,126 +400,90 @@ def gelu_(states: torch.Tensor) -> torch.Tensor:
     return _launch_gelu(states, None, states)
 
 
-@triton.jit
-def _turned(states, cos, sin, rows, inside, stride, head, head_dim: tl.constexpr):
-    """Rows of a head, turned: their first halves and their second ones."""
-    half: tl.constexpr = head_dim // 2
-    channels = tl.arange(0, half)
-    place = states + rows[:, None] * stride + head * head_dim + channels[None, :]
-    x = tl.load(place, inside[:, None], other=0.0).to(tl.float32)
-    y = tl.load(place + half, inside[:, None], other=0.0).to(tl.float32)
-    angle = rows[:, None] * half + channels[None, :]
-    c = tl.load(cos + angle, inside[:, None], other=0.0).to(tl.float32)
-    s = tl.load(sin + angle, inside[:, None], other=0.0).to(tl.float32)
-    dtype = states.dtype.element_ty
-    return (x * c - y * s).to(dtype), (y * c + x * s).to(dtype)
+# --- Residual vector quantization ---
 
 
 @triton.jit
-def _rotary_attention_kernel(
-    query,
-    key,
-    value,
-    cos,
-    sin,
-    cu_seqlens,
-    output,
-    stride,
-    scaling,
-    heads: tl.constexpr,
-    head_dim: tl.constexpr,
-    LEFT: tl.constexpr,
-    RIGHT: tl.constexpr,
-    QUERIES: tl.constexpr,
-    KEYS: tl.constexpr,
+def _residual_search_kernel(
+    products,
+    halves,
+    gram,
+    offsets,
+    codes,
+    used,
+    entries,
+    num_quantizers,
+    BOOKS: tl.constexpr,
+    COLUMNS: tl.constexpr,
 ):
-    """A block of a clip's queries, of one head, against the clip's keys within the window, block by block."""
-    start = tl.load(cu_seqlens + tl.program_id(2)).to(tl.int64)
-    length = (tl.load(cu_seqlens + tl.program_id(2) + 1) - start).to(tl.int32)
-    first = tl.program_id(0) * QUERIES
-    if first < length:
-        head = tl.program_id(1)
-        channels = tl.arange(0, head_dim)
-        at = first + tl.arange(0, QUERIES)
-        q1, q2 = _turned(query, cos, sin, start + at, at < length, stride, head, head_dim)
-        largest = tl.full([QUERIES], -1e30, tl.float32)
-        sums = tl.zeros([QUERIES], tl.float32)
-        attended = tl.zeros([QUERIES, head_dim], tl.float32)
-        begin, end = 0, length
-        if LEFT >= 0:
-            begin = tl.maximum(0, first - LEFT) // KEYS * KEYS
-        if RIGHT >= 0:
-            end = tl.minimum(length, first + QUERIES + RIGHT)
-        for block in range(begin, end, KEYS):
-            other = block + tl.arange(0, KEYS)
-            inside = other < length
-            k1, k2 = _turned(key, cos, sin, start + other, inside, stride, head, head_dim)
-            scores = tl.dot(q1, tl.trans(k1))
-            scores = tl.dot(q2, tl.trans(k2), scores) * (scaling * 1.4426950408889634)
-            seen = inside[None, :]
-            if LEFT >= 0:
-                seen = seen & (other[None, :] >= at[:, None] - LEFT)
-            if RIGHT >= 0:
-                seen = seen & (other[None, :] <= at[:, None] + RIGHT)
-            scores = tl.where(seen, scores, -1e30)
-            highest = tl.maximum(largest, tl.max(scores, axis=1))
-            weights = tl.exp2(scores - highest[:, None])
-            shrunk = tl.exp2(largest - highest)
-            sums = sums * shrunk + tl.sum(weights, axis=1)
-            rows = (start + other)[:, None] * stride + head * head_dim + channels[None, :]
-            v = tl.load(value + rows, inside[:, None], other=0.0)
-            attended = tl.dot(weights.to(v.dtype), v, attended * shrunk[:, None])
-            largest = highest
-        rows = (start + at)[:, None] * (heads * head_dim) + head * head_dim + channels[None, :]
-        tl.store(output + rows, attended / sums[:, None], (at < length)[:, None])
+    """Of a frame, the nearest entry in each codebook to what those before it left over."""
+    frame = tl.program_id(0).to(tl.int64)
+    books = tl.arange(0, BOOKS)
+    rows = tl.zeros([BOOKS], tl.int32)  # of the entries that were chosen, among all
+    for book in range(num_quantizers):
+        first = tl.load(offsets + book)
+        end = tl.load(offsets + book + 1)
+        nearest = float("inf")
+        chosen = first
+        for start in range(first, end, COLUMNS):
+            columns = start + tl.arange(0, COLUMNS)
+            inside = columns < end
+            distance = tl.load(halves + columns, inside, other=float("inf"))
+            distance -= tl.load(products + frame * used + columns, inside, other=0.0)
+            before = (books < book)[:, None] & inside[None, :]
+            distance += tl.sum(tl.load(gram + rows[:, None] * entries + columns[None, :], before, other=0.0), axis=0)
+            lowest, place = tl.min(distance, axis=0, return_indices=True)
+            chosen = tl.where(lowest < nearest, start + place, chosen)
+            nearest = tl.minimum(lowest, nearest)
+        rows = tl.where(books == book, chosen, rows)
+        tl.store(codes + frame * num_quantizers + book, (chosen - first).to(tl.int64))
 
 
-def rotary_attention(
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    position_embeddings: tuple[torch.Tensor, torch.Tensor],
-    cu_seqlens: torch.Tensor,
-    max_seqlen: int,
-    heads: int,
-    scaling: float,
-    window: tuple[int, int],
-) -> torch.Tensor:
-    """Attention of each clip to itself, without a gradient.
+class ResidualSearch:
+    """Residual vector quantization in one matrix product and one kernel.
+
+    The distance of what is left of a vector x to an entry e is, but for what all entries share and a factor of two,
+    |e|^2 / 2 - x e + (the entries chosen so far) e. The second part comes from one product with all codebooks; the
+    products between entries are known beforehand.
 
     Args:
-        query, key, value: (total_frames, dim) before RoPE; their rows may lie apart, by one stride.
-        position_embeddings: cosines and sines (total_frames, 1, head_dim // 2).
-        cu_seqlens: (clips + 1,) int32, where clips begin; max_seqlen: frames of the longest.
-        scaling: of the products of queries and keys.
-        window: frames to the left and to the right that are seen; -1 is unbounded.
-
-    Returns:
-        (total_frames, dim).
+        codebooks: entries (size, dim) in float32, rounded to the model's dtype already.
+        dtype: the model's.
     """
-    total, dim = query.shape
-    head_dim = dim // heads
-    output = query.new_empty(total, dim)
-    cos, sin = position_embeddings
-    grid = (triton.cdiv(max_seqlen, QUERIES), heads, len(cu_seqlens) - 1)
-    _rotary_attention_kernel[grid](
-        query,
-        key,
-        value,
-        cos,
-        sin,
-        cu_seqlens,
-        output,
-        query.stride(0),
-        scaling,
-        heads=heads,
-        head_dim=head_dim,
-        LEFT=window[0],
-        RIGHT=window[1],
-        QUERIES=QUERIES,
-        KEYS=KEYS,
-    )
-    return output
+
+    def __init__(self, codebooks: Sequence[torch.Tensor], dtype: torch.dtype) -> None:
+        entries = torch.cat(list(codebooks))
+        self.sizes = [len(codebook) for codebook in codebooks]
+        self.offsets = torch.tensor([0, *self.sizes]).cumsum(0).to(entries.device, torch.int32)
+        self.entries = entries.to(dtype)
+        self.halves = entries.square().sum(-1) / 2
+        # In float64 once: those of twenty entries add up.
+        self.gram = (entries.double() @ entries.double().t()).float()
+
+    def __call__(self, features: torch.Tensor, num_quantizers: int) -> torch.Tensor:
+        """Features (n, dim) to codes (n, num_quantizers) int64."""
+        used = sum(self.sizes[:num_quantizers])
+        entries = self.entries[:used].t()
+        if self.entries.dtype == torch.float32:
+            products = features.float() @ entries
+        else:  # products of half-precision numbers are exact in float32
+            products = torch.mm(features.to(self.entries.dtype), entries, out_dtype=torch.float32)
+        codes = torch.empty(len(features), num_quantizers, dtype=torch.long, device=features.device)
+        with torch.cuda.device_of(features):
+            _residual_search_kernel[(len(features),)](
+                products,
+                self.halves,
+                self.gram,
+                self.offsets,
+                codes,
+                used,
+                len(self.entries),
+                num_quantizers,
+                BOOKS=triton.next_power_of_2(num_quantizers),
+                COLUMNS=128,
+                num_warps=1,
+            )
+        return codes
 
 
 # --- Layers ---
@@ -472,7 +511,52 @@ def _layers(stack: MiMoAudioTokenizerStack) -> list[MiMoAudioTokenizerLayer]:
     return cast(list[MiMoAudioTokenizerLayer], list(stack.layers))
 
 
-_PLAIN = (MiMoAudioTokenizerLayer, MiMoAudioTokenizerAttention, nn.Linear, nn.LayerNorm, type(ACT2FN["gelu"]))
+_PLAIN = (
+    MiMoAudioTokenizerLayer,
+    MiMoAudioTokenizerAttention,
+    QuantizedLinear,
+    nn.Linear,
+    nn.LayerNorm,
+    type(ACT2FN["gelu"]),
+)
+
+
+class JoinedProjections(NamedTuple):
+    """The projections to queries, keys and values as one; theirs are parts of its memory."""
+
+    linear: nn.Linear | QuantizedLinear
+
+    def are_those_of(self, attention: MiMoAudioTokenizerAttention) -> bool:
+        """Not once the model was moved, cast or copied."""
+        return self.linear.weight.data_ptr() == attention.q_proj.weight.data_ptr()
+
+
+def join_projections(attention: MiMoAudioTokenizerAttention) -> None:
+    """Makes the projections to queries, keys and values parts of one, in memory; names and values stay theirs."""
+    linears = [attention.q_proj, attention.k_proj, attention.v_proj]
+    sizes = [linear.weight.shape[0] for linear in linears]
+    weight = torch.cat([linear.weight.detach() for linear in linears])
+    bias = torch.cat(
+        [
+            torch.zeros(size, dtype=attention.q_proj.bias.dtype, device=weight.device)
+            if linear.bias is None
+            else linear.bias.detach()
+            for linear, size in zip(linears, sizes, strict=True)
+        ]
+    )
+    if isinstance(attention.q_proj, QuantizedLinear):
+        joined = QuantizedLinear(weight, torch.cat([linear.scale for linear in linears], dim=1), bias)
+    else:
+        with torch.device("meta"):
+            joined = nn.Linear(weight.shape[1], weight.shape[0])
+        joined.weight = nn.Parameter(weight, requires_grad=False)
+        joined.bias = nn.Parameter(bias, requires_grad=False)
+    for linear, part, part_bias in zip(linears, joined.weight.split(sizes), joined.bias.split(sizes), strict=True):
+        linear.weight.data = part
+        if linear.bias is not None:
+            linear.bias.data = part_bias
+    # Not as a module: its tensors are the projections' own.
+    attention.__dict__["joined_projections"] = JoinedProjections(joined)
 
 
 def run_layers(
@@ -491,51 +575,63 @@ def run_layers(
     layers = _layers(stack)
     parts = [norm for layer in layers for norm in (layer.self_attn_layer_norm, layer.final_layer_norm)]
     norms = [cast(nn.LayerNorm, norm) for norm in (*parts, stack.layer_norm)]
+    # What takes the norms' results: at the end, whoever called.
+    takers = [linear for layer in layers for linear in (layer.self_attn.q_proj, layer.fc1)] + [None]
     trained = torch.is_grad_enabled() and (
         hidden_states.requires_grad or any(parameter.requires_grad for parameter in stack.layers.parameters())
     )
     skip = None
     with torch.cuda.device_of(hidden_states):
-        normed = norms[0](hidden_states)
+        normed: torch.Tensor | RoundedRows = norms[0](hidden_states)
         for number, layer in enumerate(layers):
             attended = _attend(
                 layer.self_attn, normed, position_embeddings, attention_masks, sequences, backend, trained
             )
-            hidden_states, normed = _add_product(
-                hidden_states, attended, layer.self_attn.out_proj, norms[2 * number + 1], trained
-            )
-            widened = _widen(layer.fc1, normed, trained)
-            hidden_states, normed = _add_product(hidden_states, widened, layer.fc2, norms[2 * number + 2], trained)
+            for step, linear in enumerate((layer.self_attn.out_proj, layer.fc2), start=2 * number + 1):
+                states = attended if linear is layer.self_attn.out_proj else _widen(layer, normed, trained)
+                hidden_states, normed = _add_product(hidden_states, states, linear, norms[step], takers[step], trained)
             if number + 1 == skip_layer_id:
                 skip = hidden_states
-        return normed if skip is None else norms[-1](hidden_states + skip)
+        return cast(torch.Tensor, normed) if skip is None else norms[-1](hidden_states + skip)
+
+
+def _product(
+    linear: nn.Linear | QuantizedLinear, states: torch.Tensor | RoundedRows, dtype: torch.dtype
+) -> torch.Tensor:
+    if isinstance(linear, QuantizedLinear):
+        if isinstance(states, torch.Tensor):
+            states = round_rows(states, linear.weight.dtype)
+        return linear.product(states, dtype)
+    return F.linear(cast(torch.Tensor, states), linear.weight, linear.bias)
 
 
 def _attend(
     attention: MiMoAudioTokenizerAttention,
-    normed: torch.Tensor,
+    normed: torch.Tensor | RoundedRows,
     position_embeddings: tuple[torch.Tensor, torch.Tensor],
     attention_masks: dict[Window, Any],
     sequences: PackedSequences,
     backend: AttentionBackend,
     trained: bool,
 ) -> torch.Tensor:
-    query, key, value = attention.q_proj(normed), attention.k_proj(normed), attention.v_proj(normed)
-    window = attention.window
-    clips = len(sequences.cu_seqlens) - 1
-    if not trained and min(window) < 0 and attention.head_dim in HEAD_DIMS and clips <= MAX_CLIPS:
-        return rotary_attention(
-            query,
-            key,
-            value,
-            position_embeddings,
-            sequences.cu_seqlens,
-            sequences.max_seqlen,
-            query.shape[1] // attention.head_dim,
-            attention.scaling,
-            window,
+    dtype = position_embeddings[0].dtype
+    joined = vars(attention).get("joined_projections")
+    if joined is not None and not trained and joined.are_those_of(attention):
+        query, key, value = _product(joined.linear, normed, dtype).chunk(3, dim=1)
+    else:
+        query, key, value = (
+            _product(linear, normed, dtype) for linear in (attention.q_proj, attention.k_proj, attention.v_proj)
         )
-    query, key, value = (states.unflatten(-1, (-1, attention.head_dim)) for states in (query, key, value))
+    window, head_dim = attention.window, attention.head_dim
+    if not trained:
+        arguments = query, key, value, position_embeddings
+        heads = query.shape[1] // head_dim
+        if takes_band(window, head_dim):
+            return banded_rotary_attention(*arguments, sequences.sequence_ids, heads, attention.scaling, window)
+        longest = sequences.max_seqlen
+        if head_dim in HEAD_DIMS and len(sequences) <= MAX_CLIPS and longest * query.stride(0) < MAX_PLACE:
+            return rotary_attention_(*arguments, sequences.cu_seqlens, longest, heads, attention.scaling, window)
+    query, key, value = (states.unflatten(-1, (-1, head_dim)) for states in (query, key, value))
     query, key = backend.rotary(query, key, *position_embeddings)
     output = backend.attend(
         query,
@@ -550,12 +646,27 @@ def _attend(
 
 
 def _add_product(
-    hidden_states: torch.Tensor, states: torch.Tensor, linear: nn.Linear, norm: nn.LayerNorm, trained: bool
-) -> tuple[torch.Tensor, torch.Tensor]:
-    # With a gradient the bias is added here, for its own gradient then costs no pass over the frames.
-    update = F.linear(states, linear.weight, None if trained else linear.bias)
-    return add_norm(hidden_states, update, norm.weight, norm.bias, norm.eps, linear.bias if trained else None)
+    hidden_states: torch.Tensor,
+    states: torch.Tensor | RoundedRows,
+    linear: nn.Linear | QuantizedLinear,
+    norm: nn.LayerNorm,
+    taker: nn.Linear | QuantizedLinear | None,
+    trained: bool,
+) -> tuple[torch.Tensor, torch.Tensor | RoundedRows]:
+    if trained:
+        # The bias is added with the rest, for its gradient then costs no pass over the frames.
+        update = F.linear(cast(torch.Tensor, states), linear.weight)
+        return add_norm(hidden_states, update, norm.weight, norm.bias, norm.eps, linear.bias)
+    update = _product(linear, states, hidden_states.dtype)
+    if isinstance(taker, QuantizedLinear):
+        return add_norm_rounded(hidden_states, update, norm.weight, norm.bias, norm.eps, taker.weight.dtype)
+    return add_norm(hidden_states, update, norm.weight, norm.bias, norm.eps)
 
 
-def _widen(linear: nn.Linear, states: torch.Tensor, trained: bool) -> torch.Tensor:
-    return bias_gelu(F.linear(states, linear.weight), linear.bias) if trained else gelu_(linear(states))
+def _widen(
+    layer: MiMoAudioTokenizerLayer, normed: torch.Tensor | RoundedRows, trained: bool
+) -> torch.Tensor | RoundedRows:
+    if trained:
+        return bias_gelu(F.linear(cast(torch.Tensor, normed), layer.fc1.weight), layer.fc1.bias)
+    widened = _product(layer.fc1, normed, cast(nn.LayerNorm, layer.final_layer_norm).weight.dtype)
+    return gelu_rounded(widened, layer.fc2.weight.dtype) if isinstance(layer.fc2, QuantizedLinear) else gelu_(widened)

@@ -127,6 +127,48 @@ def decode_codes(
     return _in_order(stream)
 
 
+def encode_packed(
+    model: MiMoAudioTokenizerModel, samples: torch.Tensor, lengths: Sequence[int], num_quantizers: int | None = None
+) -> torch.Tensor:
+    """Encode clips end to end, in one call, without waiting for the device.
+
+    Args:
+        model: the tokenizer.
+        samples: (total_samples,) float32 where the model is, finite, at its sampling rate.
+        lengths: of the clips, in samples; from 1.
+        num_quantizers: how many codebooks to use, from the first; all by default.
+
+    Returns:
+        (total_codes, num_quantizers) int64. Nothing is cut into pieces.
+    """
+    extractor = MiMoAudioTokenizerFeatureExtractor.from_config(model.config)
+    books = model.check_num_quantizers(num_quantizers)
+    frames = [extractor.num_frames(length) for length in lengths]
+    if model.graphs is not None and model.graphs.takes(frames):
+        return model.graphs.encode_waveforms(samples, lengths, books)
+    mels = extractor.packed_log_mel_spectrogram(samples.split([*lengths]))
+    layout = model.encoder_layout(frames, samples.device)
+    # This class's own: that of `compat` has other arguments.
+    return MiMoAudioTokenizerModel.encode(model, mels, num_quantizers=books, layout=layout).audio_codes
+
+
+def decode_packed(model: MiMoAudioTokenizerModel, codes: torch.Tensor, lengths: Sequence[int]) -> torch.Tensor:
+    """Decode clips end to end, in one call, without waiting for the device.
+
+    Args:
+        model: the tokenizer.
+        codes: (total_codes, num_quantizers) int64 where the model is, in range.
+        lengths: of the clips, in code frames; from 1.
+
+    Returns:
+        (samples_per_frame * total_codes,) float32.
+    """
+    if model.graphs is not None and model.graphs.takes_codes(lengths):
+        return model.graphs.decode(codes, lengths)
+    layout = model.decoder_layout(lengths, codes.device)
+    return MiMoAudioTokenizerModel.decode(model, codes, layout=layout).audio_values
+
+
 def encode_stream(
     model: MiMoAudioTokenizerModel,
     clips: Iterable[tuple[Key, torch.Tensor]],
@@ -147,7 +189,7 @@ def encode_stream(
         The same keys in the same order with the clips' codes (L, num_quantizers), int64 on the CPU, or with the error
         of those for which a GPU's memory does not suffice.
     """
-    model.check_num_quantizers(num_quantizers)
+    books = model.check_num_quantizers(num_quantizers)
     if not 0 <= overlap_seconds < math.inf:
         raise ValueError(f"overlap_seconds={overlap_seconds}; accepted: 0 or more")
     extractor = MiMoAudioTokenizerFeatureExtractor.from_config(model.config)
@@ -165,23 +207,26 @@ def encode_stream(
     def launch(batch: list[_Piece]) -> Callable[[], list[torch.Tensor]]:
         bounds = [extractor.samples_of_frames(piece.first, piece.last, len(piece.data)) for piece in batch]
         samples = [piece.data[first:last].float() for piece, (first, last) in zip(batch, bounds, strict=True)]
-        sections = _to_device(samples, device).split([*map(len, samples)])
-        mels = extractor.packed_log_mel_spectrogram(sections)
+        packed, sizes = _to_device(samples, device), [*map(len, samples)]
+        frames = [extractor.num_frames(size) for size in sizes]
         lengths = [piece.last - piece.first for piece in batch]
-        sizes = [extractor.num_frames(len(section)) for section in sections]
-        if sizes != lengths:  # of pieces of clips, whose sections reach beyond them
-            kept = []
-            for length, piece, (first, _), mel in zip(lengths, batch, bounds, mels.split(sizes), strict=True):
-                skipped = piece.first - first // extractor.hop_length
-                kept.append(mel[skipped : skipped + length])
-            mels = torch.cat(kept)
+        code_lengths = model.encoder.code_lengths(lengths)
+        if frames == lengths:
+            return _collector(encode_packed(model, packed, sizes, books), code_lengths)
+        # Sections of pieces of clips reach beyond them.
+        mels = extractor.packed_log_mel_spectrogram(packed.split(sizes))
+        kept = []
+        for length, piece, (first, _), mel in zip(lengths, batch, bounds, mels.split(frames), strict=True):
+            skipped = piece.first - first // extractor.hop_length
+            kept.append(mel[skipped : skipped + length])
+        mels = torch.cat(kept)
         layout = model.encoder_layout(lengths, device)
         # This class's own: that of `compat` has other arguments.
-        output = MiMoAudioTokenizerModel.encode(model, mels, num_quantizers=num_quantizers, layout=layout)
-        return _collector(output.audio_codes, model.encoder.code_lengths(lengths))
+        output = MiMoAudioTokenizerModel.encode(model, mels, num_quantizers=books, layout=layout)
+        return _collector(output.audio_codes, code_lengths)
 
     def without_overlap(piece: _Piece, codes: torch.Tensor) -> torch.Tensor:
-        (length,) = model.encoder.code_lengths([piece.stop - piece.start])
+        length = model.encoder.code_length(piece.stop - piece.start)
         skipped = (piece.start - piece.first) // mels_per_code
         return codes[skipped : skipped + length]
 
@@ -232,9 +277,8 @@ def decode_stream(
 
     def launch(batch: list[_Piece]) -> Callable[[], list[torch.Tensor]]:
         lengths = [piece.last - piece.first for piece in batch]
-        layout = model.decoder_layout(lengths, device)
         packed = _to_device([piece.data[piece.first : piece.last] for piece in batch], device)
-        samples = MiMoAudioTokenizerModel.decode(model, packed, layout=layout).audio_values
+        samples = decode_packed(model, packed, lengths)
         return _collector(samples, [length * samples_per_frame for length in lengths])
 
     def seconds(piece: _Piece) -> float:

@@ -40,6 +40,7 @@ from .dataset import to_codes, to_waveform, tokenized_features
 from .files import replacing
 from .inference import MAX_BATCH_SECONDS, check_codes, decode_stream, encode_stream
 from .modeling_mimo_audio_tokenizer import MiMoAudioTokenizerModel
+from .optimization import optimize_for_inference
 from .shards import ShardDirectory, ShardWriter, first_repeated
 from .sources import AUDIO_COLUMNS, Problem, Row, Source, open_source
 
@@ -317,13 +318,14 @@ def _run(
         # What is left to the CPU is small, and the threads would be in the way of the reading processes.
         torch.set_num_threads(1)
     model = load_model(options.model, device=device, dtype=dtype, attn_implementation=options.attn_implementation)
-    conversion = make_conversion(model, options)
+    digest = weights_digest(model)
+    conversion = make_conversion(optimize_for_inference(model), options)
     settings = {
         "task": conversion.task,
         "source": os.path.realpath(source_path) if os.path.exists(source_path) else source_path,
         **{name: getattr(options, name) for name in ("config", "split", "column", "key_column")},
         "model": model.config.name_or_path,
-        "weights": weights_digest(model),
+        "weights": digest,
         "dtype": dtype,
         **conversion.settings(),
     }

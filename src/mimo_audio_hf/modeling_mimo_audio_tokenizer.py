@@ -12,7 +12,7 @@ import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any, NamedTuple, cast
+from typing import Any, NamedTuple, TypeVar, cast
 
 import torch
 import torch.distributed as dist
@@ -34,6 +34,7 @@ if is_flash_attn_2_available():
 logger = logging.get_logger(__name__)
 
 Window = tuple[int, int]
+Length = TypeVar("Length", int, torch.Tensor)
 
 
 # --- Packed clips ---
@@ -58,10 +59,18 @@ class PackedSequences:
     @classmethod
     def from_lengths(cls, lengths: Sequence[int], device: torch.device | str | None = None) -> PackedSequences:
         """Sequences of the given lengths, in frames; from the host, so that no layer has to ask the GPU for them."""
-        cu_seqlens = F.pad(torch.tensor(lengths).cumsum(0, dtype=torch.int32), (1, 0)).to(device)
-        frames = torch.arange(sum(lengths), device=device, dtype=torch.int32)
+        return cls.from_tensor(torch.tensor(lengths, device=device), sum(lengths), max(lengths))
+
+    @classmethod
+    def from_tensor(cls, lengths: torch.Tensor, total: int, max_seqlen: int) -> PackedSequences:
+        """Sequences of lengths (clips,) that their device alone knows, but for their sum and the longest, or more.
+
+        A length may be 0.
+        """
+        cu_seqlens = F.pad(lengths.cumsum(0, dtype=torch.int32), (1, 0))
+        frames = torch.arange(total, device=lengths.device, dtype=torch.int32)
         sequence_ids = torch.searchsorted(cu_seqlens[1:], frames, right=True)
-        return cls(cu_seqlens, max(lengths), frames - cu_seqlens[sequence_ids], sequence_ids)
+        return cls(cu_seqlens, max_seqlen, frames - cu_seqlens[sequence_ids], sequence_ids)
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> PackedSequences:
         return _dataclass_to(self, device, non_blocking)
@@ -90,7 +99,7 @@ class PackedSequences:
 
     def pad(self, packed: torch.Tensor) -> torch.Tensor:
         """(total_frames, ...) to (clips, max_seqlen, ...), zeros past each clip's end."""
-        return _gather_rows(packed.to(self.cu_seqlens.device), self.padded_index)
+        return gather_rows(packed.to(self.cu_seqlens.device), self.padded_index)
 
     def unpad(self, padded: torch.Tensor) -> torch.Tensor:
         """(clips, frames, ...) to (total_frames, ...). Padding is never read."""
@@ -173,7 +182,7 @@ def _dataclass_to(instance: Any, device: torch.device | str, non_blocking: bool)
     return type(instance)(**moved)
 
 
-def _gather_rows(rows: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
+def gather_rows(rows: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
     """`rows[index]`, where an index one past the last row gives zeros."""
     table = torch.cat([rows, rows.new_zeros(1, *rows.shape[1:])]).view(len(rows) + 1, -1)
     # Unlike indexing, an embedding need not add up gradients of all the padding.
@@ -185,7 +194,7 @@ class PackedConv1d(nn.Conv1d):
     """1D convolution over packed clips, as one matrix product over gathered taps."""
 
     def forward(self, hidden_states: torch.Tensor, index: torch.Tensor) -> torch.Tensor:  # type: ignore[override]
-        taps = _gather_rows(hidden_states, index).flatten(1)
+        taps = gather_rows(hidden_states, index).flatten(1)
         return F.linear(taps, self.weight.transpose(1, 2).flatten(1), self.bias)
 
 
@@ -195,7 +204,7 @@ class PackedConvTranspose1d(nn.ConvTranspose1d):
     def forward(self, hidden_states: torch.Tensor, index: torch.Tensor) -> torch.Tensor:  # type: ignore[override]
         products = F.linear(hidden_states, self.weight.permute(2, 1, 0).flatten(0, 1))
         products = products.view(-1, self.out_channels)
-        outputs = _gather_rows(products, index).sum(1)
+        outputs = gather_rows(products, index).sum(1)
         return outputs if self.bias is None else outputs + self.bias
 
 
@@ -695,6 +704,8 @@ class MiMoAudioTokenizerResidualVectorQuantizer(nn.Module):
     def __init__(self, config: MiMoAudioTokenizerConfig) -> None:
         super().__init__()
         self.vq = MiMoAudioTokenizerResidualVectorQuantization(config)
+        # Another way to the same codes, if there is one: features (n, dim), num_quantizers to (n, num_quantizers).
+        self.search: Callable[[torch.Tensor, int], torch.Tensor] | None = None
 
     @property
     def codebooks(self) -> list[MiMoAudioTokenizerCodebook]:
@@ -703,6 +714,8 @@ class MiMoAudioTokenizerResidualVectorQuantizer(nn.Module):
     @torch.no_grad()
     def encode(self, features: torch.Tensor, num_quantizers: int, dtype: torch.dtype) -> torch.Tensor:
         """Features (n, dim) of a model in `dtype` to codes (n, num_quantizers) int64."""
+        if self.search is not None:
+            return self.search(features, num_quantizers)
         with torch.autocast(features.device.type, enabled=False):
             residual = features.float()
             codes = []
@@ -786,22 +799,29 @@ class MiMoAudioTokenizerEncoder(MiMoAudioTokenizerStack):
         self.down_sample_norm = _norm(config, dim)
         self.quantizer = MiMoAudioTokenizerResidualVectorQuantizer(config)
 
-    def frame_lengths(self, lengths: Sequence[int]) -> list[int]:
-        """Mel frames to the layers' frames."""
-        return [(length + 2 - self.config.kernel_size) // self.config.stride_size + 1 for length in lengths]
+    def frame_length(self, length: Length) -> Length:
+        """Mel frames of a clip to the layers' frames; a tensor has them of many."""
+        return (length + 2 - self.config.kernel_size) // self.config.stride_size + 1
+
+    def code_length(self, length: Length) -> Length:
+        """Mel frames of a clip to code frames; a tensor has them of many."""
+        return -(-self.frame_length(length) // self.config.avg_pooler)
 
     def code_lengths(self, lengths: Sequence[int]) -> list[int]:
-        """Mel frames to code frames."""
-        return [-(-length // self.config.avg_pooler) for length in self.frame_lengths(lengths)]
+        return [self.code_length(length) for length in lengths]
 
     def layout(
         self, lengths: Sequence[int], device: torch.device | str | None = None
     ) -> MiMoAudioTokenizerEncoderLayout:
+        frame_lengths = [self.frame_length(length) for length in lengths]
+        levels = (lengths, frame_lengths, self.code_lengths(lengths))
+        return self.layout_of(*(PackedSequences.from_lengths(each, device) for each in levels))
+
+    def layout_of(
+        self, mel: PackedSequences, frames: PackedSequences, codes: PackedSequences
+    ) -> MiMoAudioTokenizerEncoderLayout:
+        """The layout of clips whose places at 100, 50 and 25 Hz are known."""
         kernel, stride, pooler = self.config.kernel_size, self.config.stride_size, self.config.avg_pooler
-        mel, frames, codes = (
-            PackedSequences.from_lengths(each, device)
-            for each in (lengths, self.frame_lengths(lengths), self.code_lengths(lengths))
-        )
         return MiMoAudioTokenizerEncoderLayout(
             mel=mel,
             frames=frames,
@@ -866,12 +886,12 @@ class MiMoAudioTokenizerISTFT(nn.Module):
         """Packed complex spectrum (total_frames, n_fft // 2 + 1) to samples (total_blocks, block)."""
         window = torch.hann_window(self.n_fft, dtype=torch.float32, device=spectrum.device)
         frames = torch.fft.irfft(spectrum, self.n_fft) * window
-        samples = _gather_rows(frames.view(-1, self.block), layout.audio_index).sum(1)
+        samples = gather_rows(frames.view(-1, self.block), layout.audio_index).sum(1)
         # The squared windows overlap as the frames do; row n of a frame's pieces holds the window's piece n % pieces.
         pieces = window.square().view(-1, self.block)
         inside = layout.audio_index < frames.numel() // self.block
         taps = torch.where(inside, layout.audio_index % pieces.shape[0], pieces.shape[0])
-        return samples / _gather_rows(pieces, taps).sum(1)
+        return samples / gather_rows(pieces, taps).sum(1)
 
 
 class MiMoAudioTokenizerISTFTHead(nn.Module):
@@ -937,17 +957,31 @@ class MiMoAudioTokenizerDecoder(MiMoAudioTokenizerStack):
     def layout(
         self, lengths: Sequence[int], device: torch.device | str | None = None
     ) -> MiMoAudioTokenizerDecoderLayout:
+        levels = zip(*(self.level_lengths(length) for length in lengths), strict=True)
+        return self.layout_of(*(PackedSequences.from_lengths(each, device) for each in levels))
+
+    def level_lengths(self, length: Length) -> tuple[Length, Length, Length, Length, Length]:
+        """Code frames of a clip, and what they become: the layers' frames, mel frames before and after the cut, and
+        blocks of samples. A tensor has them of many clips.
+        """
         config = self.config
+        frames = length * config.avg_pooler
+        mel = frames * config.decoder_stride_size
+        uncut = mel + config.decoder_kernel_size - config.decoder_stride_size
+        return length, frames, uncut, mel, mel * (config.hop_length // self.vocoder.head.istft.block)
+
+    def layout_of(
+        self,
+        codes: PackedSequences,
+        frames: PackedSequences,
+        uncut: PackedSequences,
+        mel: PackedSequences,
+        audio: PackedSequences,
+    ) -> MiMoAudioTokenizerDecoderLayout:
+        """The layout of clips whose places at all levels are known."""
+        config, istft = self.config, self.vocoder.head.istft
         pooler, kernel, stride = config.avg_pooler, config.decoder_kernel_size, config.decoder_stride_size
-        frames_of = [length * pooler for length in lengths]
-        uncut_of = [(length - 1) * stride + kernel for length in frames_of]
-        mel_of = [length * stride for length in frames_of]
-        istft = self.vocoder.head.istft
         pieces, blocks_a_hop = config.nfft // istft.block, config.hop_length // istft.block
-        audio_of = [length * blocks_a_hop for length in mel_of]
-        codes, frames, uncut, mel, audio = (
-            PackedSequences.from_lengths(each, device) for each in (lengths, frames_of, uncut_of, mel_of, audio_of)
-        )
         return MiMoAudioTokenizerDecoderLayout(
             codes=codes,
             frames=frames,
@@ -1096,6 +1130,8 @@ class MiMoAudioTokenizerModel(MiMoAudioTokenizerPreTrainedModel):
     def __init__(self, config: MiMoAudioTokenizerConfig) -> None:
         super().__init__(config)
         self._frozen = False
+        # What runs calls on padded tensors as a whole, if it is given: mimo_audio_hf.optimize_for_inference does.
+        self.graphs: Any = None
         self.encoder = MiMoAudioTokenizerEncoder(config)
         self.decoder = MiMoAudioTokenizerDecoder(config) if config.has_decoder else None
         self.post_init()
@@ -1240,8 +1276,7 @@ class MiMoAudioTokenizerModel(MiMoAudioTokenizerPreTrainedModel):
     def get_audio_codes_mask(self, attention_mask: torch.Tensor) -> torch.Tensor:
         """Mask of the codes (batch_size, code_frames) that belongs to a mask of mel frames (batch_size, frames)."""
         (padded,) = self.encoder.code_lengths([attention_mask.shape[1]])
-        frames = ((attention_mask != 0).sum(-1) + 2 - self.config.kernel_size) // self.config.stride_size + 1
-        lengths = (frames + self.config.avg_pooler - 1) // self.config.avg_pooler
+        lengths = self.encoder.code_length((attention_mask != 0).sum(-1))
         positions = torch.arange(padded, device=attention_mask.device)
         return (positions < lengths[:, None]).to(attention_mask.dtype)
 
@@ -1283,12 +1318,15 @@ class MiMoAudioTokenizerModel(MiMoAudioTokenizerPreTrainedModel):
         """
         num_quantizers = self.check_num_quantizers(num_quantizers)
         packed = layout is not None
+        hidden_states = self._hidden_states_list(output_hidden_states)
         if layout is None:
             input_features, lengths = self._check_features(input_features, attention_mask)
+            if self.graphs is not None and not output_latents and hidden_states is None and self.graphs.takes(lengths):
+                codes, mask = self.graphs.encode_padded(input_features, lengths, num_quantizers)
+                return MiMoAudioTokenizerEncoderOutput(audio_codes=codes, audio_codes_mask=mask)
             input_features, layout = self._pack_features(input_features, lengths)
         else:
             _check_packed("input_features", input_features, layout.mel, attention_mask)
-        hidden_states = self._hidden_states_list(output_hidden_states)
         features = self._encode_features(input_features, layout, hidden_states)
         output = MiMoAudioTokenizerEncoderOutput(
             audio_codes=self.encoder.quantizer.encode(features, num_quantizers, self._weight_dtype),
@@ -1328,12 +1366,21 @@ class MiMoAudioTokenizerModel(MiMoAudioTokenizerPreTrainedModel):
         """
         self._require_decoder()
         packed = layout is not None
+        hidden_states = self._hidden_states_list(output_hidden_states)
         if layout is None:
-            audio_codes, layout = self._pack_codes(audio_codes, audio_codes_mask)
+            audio_codes, lengths = self._check_codes(audio_codes, audio_codes_mask)
+            if self.graphs is not None and hidden_states is None and self.graphs.takes_codes(lengths):
+                samples = torch.tensor(lengths) * self.config.samples_per_frame
+                return MiMoAudioTokenizerDecoderOutput(
+                    audio_values=(waveforms := self.graphs.decode_padded(audio_codes, lengths)),
+                    audio_lengths=samples.to(waveforms.device, non_blocking=True),
+                )
+            device = _compute_device(self._require_decoder().dconv1.conv.weight, audio_codes)
+            layout = self.decoder_layout(lengths, device)
+            audio_codes = layout.codes.unpad(audio_codes.to(device).transpose(1, 2))
         else:
             _check_packed("audio_codes", audio_codes, layout.codes, audio_codes_mask)
         features = self.encoder.quantizer.decode(audio_codes.long(), self._weight_dtype)
-        hidden_states = self._hidden_states_list(output_hidden_states)
         output = self._decode_features(features, layout, hidden_states)
         return output if packed else _pad_decoder_output(output, layout)
 
@@ -1448,13 +1495,13 @@ class MiMoAudioTokenizerModel(MiMoAudioTokenizerPreTrainedModel):
         layout = self.encoder_layout(lengths, device)
         packed = layout.mel.unpad(input_features.to(device).transpose(1, 2))
         if not torch.isfinite(packed).all():
-            clip = int(layout.mel.sequence_ids[~torch.isfinite(packed).all(-1)][0])
-            raise ValueError(f"input_features of clip {clip} are NaN or infinite; accepted: finite log-mels")
+            raise not_finite_error(int(layout.mel.sequence_ids[~torch.isfinite(packed).all(-1)][0]))
         return packed, layout
 
-    def _pack_codes(
+    def _check_codes(
         self, audio_codes: torch.Tensor, audio_codes_mask: torch.Tensor | None
-    ) -> tuple[torch.Tensor, MiMoAudioTokenizerDecoderLayout]:
+    ) -> tuple[torch.Tensor, list[int]]:
+        """The codes as an int64 tensor, and the clips' lengths in code frames."""
         audio_codes = _as_tensor("audio_codes", audio_codes)
         shape = tuple(audio_codes.shape)
         if len(shape) != 3 or 0 in shape:
@@ -1476,9 +1523,7 @@ class MiMoAudioTokenizerModel(MiMoAudioTokenizerPreTrainedModel):
             clip, frame, book = outside.nonzero()[0].tolist()
             code = int(audio_codes[clip, book, frame])
             raise _range_error(f"audio_codes of clip {clip}", code, book, sizes)
-        device = _compute_device(self._require_decoder().dconv1.conv.weight, audio_codes)
-        layout = self.decoder_layout(lengths, device)
-        return layout.codes.unpad(audio_codes.to(device).transpose(1, 2)), layout
+        return audio_codes, lengths
 
     def _reconstruction_loss(
         self,
@@ -1537,6 +1582,10 @@ def _best_attn_implementation(device: torch.device, dtype: torch.dtype) -> str:
 def _compute_device(weight: torch.Tensor, data: torch.Tensor) -> torch.device:
     """Where a module runs: where its weights are, or where its input is if accelerate has offloaded them."""
     return data.device if weight.is_meta else weight.device
+
+
+def not_finite_error(clip: int) -> ValueError:
+    return ValueError(f"input_features of clip {clip} are NaN or infinite; accepted: finite log-mels")
 
 
 def check_code_range(audio_codes: torch.Tensor, codebook_sizes: Sequence[int]) -> None:

@@ -34,6 +34,7 @@ from .checkpoints import load_model
 from .files import replacing
 from .inference import check_codes, convert_each, decode_codes, encode_waveforms
 from .jobs import lost_processes_named
+from .optimization import optimize_for_inference
 
 
 # What a line of the list has to name: what is read and what is written.
@@ -174,7 +175,7 @@ def run(args: argparse.Namespace) -> int:
 
     device = state.device
     dtype = getattr(torch, args.dtype) if args.dtype else torch.bfloat16 if device.type == "cuda" else torch.float32
-    model = load_model(args.model_path, device=device, dtype=dtype)
+    model = optimize_for_inference(load_model(args.model_path, device=device, dtype=dtype))
     sampling_rate = model.config.sampling_rate
     model.check_num_quantizers(args.num_quantizers)
     if "reconstructed_wav" in targets and model.decoder is None:

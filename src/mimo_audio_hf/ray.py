@@ -16,6 +16,7 @@ from datasets import Features
 
 from .checkpoints import RELEASED_MODEL, load_model
 from .dataset import Columns, Model, arrow_column, tokenize_audio, tokenized_features
+from .optimization import optimize_for_inference
 from .sources import value_of
 
 
@@ -42,7 +43,8 @@ class TokenizeAudio:
         audio_column: str = "audio",
         **options: Any,
     ) -> None:
-        self.model = load_model(model, device=device, dtype=dtype, attn_implementation=attn_implementation)
+        loaded = load_model(model, device=device, dtype=dtype, attn_implementation=attn_implementation)
+        self.model = optimize_for_inference(loaded)
         self.audio_column = audio_column
         self.options = options
 

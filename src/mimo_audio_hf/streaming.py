@@ -679,7 +679,7 @@ class _CausalEncoding:
         ahead = 2 * (kernel - 2)
         ready = max(0, (self.received - 1 - ahead) // stride + 1)
         if last and self.received:
-            (ready,) = encoder.frame_lengths([self.received])
+            ready = encoder.frame_length(self.received)
         while self.frames < ready:
             stop = min(self.frames + _MAX_ENCODER_FRAMES, ready)
             # From before the first output that is wanted, so that the window's own edge does not reach it.
@@ -738,7 +738,7 @@ class _WindowedEncoding:
         """The next codes (frames, num_quantizers)."""
         self.mel = torch.cat([self.mel, mel])
         self.received += len(mel)
-        total = self.model.encoder.code_lengths([self.received])[0] if self.received else 0
+        total = self.model.encoder.code_length(self.received) if self.received else 0
         while self.codes < total:
             stop, end = self.codes + self.chunk_frames, self.received
             beyond = stop + self.right_context

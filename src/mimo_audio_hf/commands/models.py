@@ -13,6 +13,7 @@ from ..checkpoints import PRESETS, init_checkpoint
 from ..codes import AudioCodes
 from ..metrics import codebook_use
 from ..modeling_mimo_audio_tokenizer import MiMoAudioTokenizerModel
+from ..quantization import quantization_of
 from .options import Subparsers, add_placement_options, counted, load_placed_model
 
 
@@ -75,7 +76,7 @@ def _print_model_info(model: MiMoAudioTokenizerModel) -> None:
                 ("bitrate", f"{config.bitrate(count):.0f} bit/s with {counted(count, 'codebook')}")
                 for count in sorted({1, min(8, len(sizes)), len(sizes)})
             ),
-            ("dtype", str(model.dtype).removeprefix("torch.")),
+            ("dtype", quantization_of(model) or str(model.dtype).removeprefix("torch.")),
             ("device", str(model.device)),
             ("attention", model.attn_implementation),
         ]

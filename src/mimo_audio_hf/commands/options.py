@@ -16,6 +16,8 @@ from ..audio import AUDIO_FORMATS
 from ..checkpoints import RELEASED_MODEL, load_model
 from ..inference import MAX_BATCH_SECONDS, encode_waveforms
 from ..modeling_mimo_audio_tokenizer import ATTENTION_BACKENDS, MiMoAudioTokenizerModel
+from ..optimization import optimize_for_inference
+from ..quantization import QUANTIZATIONS
 
 
 Subparsers: TypeAlias = "argparse._SubParsersAction[argparse.ArgumentParser]"
@@ -96,7 +98,9 @@ def add_model_options(parser: argparse.ArgumentParser, dtype: str = "the checkpo
 def add_placement_options(parser: argparse.ArgumentParser, dtype: str = "the checkpoint's") -> None:
     parser.add_argument("--device", metavar="D", help="e.g. cuda:1 or cpu (default: a GPU if there is one)")
     parser.add_argument(
-        "--dtype", choices=["float32", "bfloat16", "float16"], help=f"of the weights (default: {dtype})"
+        "--dtype",
+        choices=["float32", "bfloat16", "float16", *QUANTIZATIONS],
+        help=f"of the weights; int8 on CPUs and fp8 on GPUs trade exactness for speed (default: {dtype})",
     )
     parser.add_argument(
         "--attn-implementation", choices=list(ATTENTION_BACKENDS), help="(default: the best for device and dtype)"
@@ -110,7 +114,7 @@ def load_placed_model(args: argparse.Namespace) -> MiMoAudioTokenizerModel:
     return load_model(
         args.model,
         device=args.device,
-        dtype=None if args.dtype is None else getattr(torch, args.dtype),
+        dtype=args.dtype,
         attn_implementation=args.attn_implementation,
     )
 
@@ -126,4 +130,4 @@ def load_converter(
         raise ValueError(f"{name} holds an encoder only: it cannot decode; accepted: a model with a decoder")
     if args.attn_implementation is not None:  # which may not run on this device or with this dtype
         encode_waveforms(model, [torch.zeros(1)], 1)
-    return model
+    return optimize_for_inference(model)
