@@ -44,8 +44,8 @@ def decibels(ratio: float) -> float:
 def decoder_row(model: Any, clips: list[dict[str, torch.Tensor]], **options: Any) -> dict[str, Any]:
     """Errors of a decoder with these options, over all clips.
 
-    `snr_db`: energy of the whole clips' audio over the error's. `mel_distance` to the whole clips' audio. `stoi` to the
-    recordings. `border_db`: mean squared error within 5 ms of the chunks' borders over that elsewhere. `jump_db` and
+    `snr_db`: energy of the whole clips' audio over the error's. `mel_distance` to the whole clips' audio. `stoi` to
+    the recordings. `border_db`: mean squared error within 5 ms of the chunks' borders over that elsewhere. `jump_db` and
     `jump_inside_db`: mean squared step of the error from one sample to the next, at the borders and elsewhere, over
     that of the audio.
     """
@@ -87,9 +87,7 @@ def decoder_row(model: Any, clips: list[dict[str, torch.Tensor]], **options: Any
     }
 
 
-def encoder_row(
-    model: Any, clips: list[dict[str, torch.Tensor]], left: int, right: int, chunk: int
-) -> dict[str, Any]:
+def encoder_row(model: Any, clips: list[dict[str, torch.Tensor]], left: int, right: int, chunk: int) -> dict[str, Any]:
     """How many of each codebook's codes are those of the whole clip."""
     equal = []
     for clip in clips:

@@ -2,12 +2,13 @@
 """What the model's parts remember of streams, so that they run on new frames only.
 
 Rows stand for streams: a call runs some of them, all with the same number of new frames, each at its own position.
-A call changes nothing that it would need when it is repeated, until [`KeyValueCache.advance`] says that it went well.
+A call changes nothing that it would need when it is repeated, until it is told that all went well.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -27,6 +28,41 @@ from .modeling_mimo_audio_tokenizer import (
 # Angles of RoPE are float32: past this position (11 minutes at 50 Hz) a stream's positions start at 0 again, and its
 # keys are turned back by as much.
 MAX_POSITION = 2**15
+
+
+@dataclass(frozen=True)
+class StreamRows:
+    """The streams that a call runs.
+
+    Attributes:
+        table (`torch.Tensor` of shape `(3, streams)`, int64, on the device):
+            Each stream's row; how many frames it has had; the position that RoPE counts from.
+        are_first (`bool`): Whether the rows are 0, 1, ... in order, so that they need not be gathered.
+        end (`int`): Frames that the furthest of the streams has had.
+    """
+
+    table: torch.Tensor
+    are_first: bool
+    end: int
+
+    def __len__(self) -> int:
+        return self.table.shape[1]
+
+    @property
+    def index(self) -> torch.Tensor:
+        return self.table[0]
+
+    @property
+    def positions(self) -> torch.Tensor:
+        return self.table[1]
+
+    @property
+    def origins(self) -> torch.Tensor:
+        return self.table[2]
+
+    def take(self, states: torch.Tensor) -> torch.Tensor:
+        """These streams' rows of a cache."""
+        return states[: len(self)] if self.are_first else states[self.index]
 
 
 class KeyValueCache:
@@ -55,7 +91,6 @@ class KeyValueCache:
             raise ValueError(f"layers with windows {stack.windows}; accepted: layers that do not look ahead")
         self.stack = stack
         self.max_frames = max_frames
-        self.rows = rows
         self.device = device
         # Frames that each stream has had, and the one that RoPE counts from.
         self.positions = [0] * rows
@@ -74,39 +109,48 @@ class KeyValueCache:
             for states in (self._keys, self._values):
                 states.append(torch.zeros(rows, slots, heads, stack.head_dim, device=device, dtype=dtype))
 
-    def run(self, hidden_states: torch.Tensor, rows: Sequence[int], skip_layer_id: int | None = None) -> torch.Tensor:
-        """All layers and the final norm over new frames.
+    @property
+    def is_bounded(self) -> bool:
+        """Whether all layers look back so far and no further."""
+        return None not in self._windows.values()
+
+    def table(self, rows: Sequence[int]) -> torch.Tensor:
+        """What [`StreamRows`] has for these rows, on the host."""
+        positions, origins = ([each[row] for row in rows] for each in (self.positions, self._origins))
+        return torch.tensor([[*rows], positions, origins])
+
+    def rows(self, rows: Sequence[int]) -> StreamRows:
+        """These rows, for a call."""
+        are_first = list(rows) == list(range(len(rows)))
+        return StreamRows(self.table(rows).to(self.device), are_first, max(self.positions[row] for row in rows))
+
+    def run(self, hidden_states: torch.Tensor, rows: StreamRows, skip_layer_id: int | None = None) -> torch.Tensor:
+        """All layers and the final norm over new frames. Does not wait for the device.
 
         Args:
             hidden_states: (len(rows) * frames, dim), stream after stream, at most `max_frames` each.
-            rows: the streams, each once.
+            rows: the streams.
             skip_layer_id: as in the stack's `run_layers`.
 
         Returns:
             (len(rows) * frames, dim)
         """
         frames = len(hidden_states) // len(rows)
-        row_index = torch.tensor(rows, device=self.device)
-        positions = torch.tensor([self.positions[row] for row in rows], device=self.device)
-        origins = torch.tensor([self._origins[row] for row in rows], device=self.device)
-        steps = torch.arange(frames, device=self.device)
-        new = positions[:, None] + steps
-        packed = PackedSequences.from_lengths([frames] * len(rows), self.device)
-        sequences = PackedSequences(
-            packed.cu_seqlens, frames, (new - origins[:, None]).flatten(), packed.sequence_ids
-        )
-        end = max(self.positions[row] for row in rows) + frames
-        everyone = list(rows) == list(range(self.rows))
+        new = rows.positions[:, None] + torch.arange(frames, device=self.device)
+        packed = PackedSequences.from_tensor(rows.index.new_full((len(rows),), frames), len(hidden_states), frames)
+        place = (new - rows.origins[:, None]).flatten()
+        sequences = PackedSequences(packed.cu_seqlens, frames, place, packed.sequence_ids)
         layer = 0
 
         def make_mask(sequences: PackedSequences, window: Window) -> tuple[torch.Tensor, torch.Tensor]:
             """Slots (streams, frames) of the new frames, and which slots they see (streams, 1, frames, slots)."""
             left = self._windows[window]
-            slots = self._grow(window, end) if left is None else left + self.max_frames
-            slot = torch.arange(min(slots, end), device=self.device)
+            slots = self._grow(window, rows.end + frames) if left is None else left + self.max_frames
+            # All of a ring, for its size does not change from call to call; of what grows, as much as there is.
+            slot = torch.arange(slots if left is not None else rows.end + frames, device=self.device)
             # Whose frame is in a slot, new ones included: the last position that falls into it.
-            last = positions + frames - 1
-            held = last[:, None] - (last[:, None] - slot) % slots
+            last = rows.positions[:, None] + frames - 1
+            held = last - (last - slot) % slots
             seen = (held[:, None, :] <= new[:, :, None]) & (held[:, None, :] >= 0)
             if left is not None:
                 seen &= held[:, None, :] >= new[:, :, None] - left
@@ -123,14 +167,13 @@ class KeyValueCache:
         ) -> torch.Tensor:
             nonlocal layer
             slot, mask = attention_mask
-            held = []
-            for cached, states in ((self._keys[layer], key), (self._values[layer], value)):
-                cached[row_index[:, None], slot] = states.unflatten(0, (len(rows), -1)).to(cached.dtype)
-                cached = cached[:, : mask.shape[-1]]
-                held.append((cached if everyone else cached[row_index]).transpose(1, 2))
+            keys, values = self._keys[layer], self._values[layer]
             layer += 1  # the layers attend in order
-            query = query.unflatten(0, (len(rows), -1)).transpose(1, 2).to(held[0].dtype)
-            output = F.scaled_dot_product_attention(query, *held, attn_mask=mask, scale=scaling)
+            for cached, states in ((keys, key), (values, value)):
+                cached[rows.index[:, None], slot] = states.unflatten(0, (len(rows), -1)).to(cached.dtype)
+            query = query.unflatten(0, (len(rows), -1)).transpose(1, 2).to(keys.dtype)
+            keys, values = (rows.take(cached)[:, : mask.shape[-1]].transpose(1, 2) for cached in (keys, values))
+            output = F.scaled_dot_product_attention(query, keys, values, attn_mask=mask, scale=scaling)
             return output.transpose(1, 2).flatten(0, 1)
 
         backend = AttentionBackend(attend, make_mask=make_mask)
@@ -145,20 +188,22 @@ class KeyValueCache:
                 self._turn_back(row, shift)
                 self._origins[row] = self.positions[row]
 
-    @torch.inference_mode()
     def reset(self, row: int) -> None:
         """Forgets a stream."""
         self.positions[row] = self._origins[row] = 0
-        for states in (*self._keys, *self._values):
+        for states in self.tensors():
             states[row] = 0  # masked, but a weight of zero would not take away what is not finite
 
     def add_rows(self, rows: int) -> None:
         """Room for more streams."""
-        self.rows += rows
         self.positions += [0] * rows
         self._origins += [0] * rows
         for states in (self._keys, self._values):
             states[:] = [torch.cat([each, each.new_zeros(rows, *each.shape[1:])]) for each in states]
+
+    def tensors(self) -> Iterator[torch.Tensor]:
+        yield from self._keys
+        yield from self._values
 
     def _grow(self, window: Window, end: int) -> int:
         """Room for all frames before `end` in the layers of a window that is not bounded; the number of slots."""
@@ -200,55 +245,41 @@ class RunningGroupNorm:
 
     def __init__(self, norm: PackedGroupNorm, *, rows: int, device: torch.device) -> None:
         self.norm = norm
-        self._frames = [0] * rows
-        self._mean = torch.zeros(rows, device=device)
-        self._variance = torch.zeros(rows, device=device)
+        self.mean = torch.zeros(rows, device=device)
+        self.variance = torch.zeros(rows, device=device)
 
-    def include(self, hidden_states: torch.Tensor, rows: Sequence[int]) -> tuple[torch.Tensor, torch.Tensor]:
-        """Mean and variance (streams,) of all frames of these streams, with new ones (streams, frames, dim)."""
+    def include(
+        self, hidden_states: torch.Tensor, rows: StreamRows, before: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Mean and variance (streams,) of all frames of these streams: new ones (streams, frames, dim), and as many as
+        there were `before` (streams,).
+        """
         x = hidden_states.float().flatten(1)
-        row_index = torch.tensor(rows, device=x.device)
         frames = hidden_states.shape[1]
-        weight = torch.tensor([frames / (frames + self._frames[row]) for row in rows], device=x.device)
+        weight = frames / (frames + before.float())
         mean, variance = x.mean(1), x.var(1, correction=0)
-        change = mean - self._mean[row_index]
-        spread = weight * (1 - weight) * change.square()
-        return (
-            torch.lerp(self._mean[row_index], mean, weight),
-            torch.lerp(self._variance[row_index], variance, weight) + spread,
-        )
-
-    def statistics(self, rows: Sequence[int]) -> tuple[torch.Tensor, torch.Tensor]:
-        """Mean and variance (streams,) of all frames that these streams have had."""
-        row_index = torch.tensor(rows, device=self._mean.device)
-        return self._mean[row_index], self._variance[row_index]
+        old_mean, old_variance = rows.take(self.mean), rows.take(self.variance)
+        spread = weight * (1 - weight) * (mean - old_mean).square()
+        return torch.lerp(old_mean, mean, weight), torch.lerp(old_variance, variance, weight) + spread
 
     def normalize(self, hidden_states: torch.Tensor, mean: torch.Tensor, variance: torch.Tensor) -> torch.Tensor:
-        """Frames (frames, dim), each with its own mean and variance (frames,)."""
-        centered = hidden_states.float() - mean[:, None]
-        scale = (variance + self.norm.eps).rsqrt()[:, None]
-        return (centered * scale * self.norm.weight + self.norm.bias).to(hidden_states.dtype)
+        """Frames (streams, frames, dim) with the statistics (streams,)."""
+        scale = (variance + self.norm.eps).rsqrt()[:, None, None]
+        centered = (hidden_states.float() - mean[:, None, None]) * scale
+        return (centered * self.norm.weight + self.norm.bias).to(hidden_states.dtype)
 
-    def advance(self, rows: Sequence[int], frames: int, mean: torch.Tensor, variance: torch.Tensor) -> None:
-        """Keeps what `include` has found."""
-        row_index = torch.tensor(rows, device=mean.device)
-        self._mean[row_index] = mean
-        self._variance[row_index] = variance
-        for row in rows:
-            self._frames[row] += frames
+    def keep(self, rows: StreamRows, mean: torch.Tensor, variance: torch.Tensor) -> None:
+        """Remembers what `include` has found."""
+        self.mean[rows.index] = mean
+        self.variance[rows.index] = variance
 
-    @torch.inference_mode()
     def reset(self, row: int) -> None:
         """Forgets a stream."""
-        self._frames[row] = 0
-        self._mean[row] = self._variance[row] = 0
+        self.mean[row] = self.variance[row] = 0
 
     def add_rows(self, rows: int) -> None:
         """Room for more streams."""
-        self._frames += [0] * rows
-        self._mean, self._variance = (
-            torch.cat([each, each.new_zeros(rows)]) for each in (self._mean, self._variance)
-        )
+        self.mean, self.variance = (torch.cat([each, each.new_zeros(rows)]) for each in (self.mean, self.variance))
 
 
-__all__ = ["KeyValueCache", "RunningGroupNorm"]
+__all__ = ["KeyValueCache", "RunningGroupNorm", "StreamRows"]

@@ -36,8 +36,8 @@ MAX_BATCH_SECONDS = 240.0
 # Longer audio is encoded in pieces of this many mel frames (60 s), each on its own, as upstream does.
 MAX_PIECE_FRAMES = 6000
 
-# Codes of more than these frames (5 minutes) are decoded in pieces, as upstream's streaming decoder does with chunks of
-# 60 s and its own contexts: nothing that the model was trained on is as long, and memory stays bounded.
+# Codes of more than these frames (5 minutes) are decoded in pieces, as upstream's streaming decoder does with chunks
+# of 60 s and its own contexts: nothing that the model was trained on is as long, and memory stays bounded.
 MAX_WHOLE_FRAMES = 7500
 PIECE_CHUNK = 1500
 PIECE_LEFT_CONTEXT = 250
@@ -408,8 +408,8 @@ def check_waveform(waveform: Any, name: str = "waveform") -> torch.Tensor:
 
 @dataclass(frozen=True)
 class _Piece:
-    """Frames of a clip that run at once, `first` to `last`, and of what they give the frames to keep, `start` to `stop`:
-    all of them, or as many of a long clip as run in one piece.
+    """Frames of a clip that run at once, `first` to `last`, and of what they give the frames to keep, `start` to
+    `stop`: all of them, or as many of a long clip as run in one piece.
 
     Frames are those of the mel spectrogram of a waveform, or of codes.
     """

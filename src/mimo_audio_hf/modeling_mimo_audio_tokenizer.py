@@ -845,9 +845,7 @@ class MiMoAudioTokenizerEncoder(MiMoAudioTokenizerStack):
         )
         return self.pool(hidden_states, layout.pool_index)
 
-    def stem(
-        self, input_features: torch.Tensor, conv1_index: torch.Tensor, conv2_index: torch.Tensor
-    ) -> torch.Tensor:
+    def stem(self, input_features: torch.Tensor, conv1_index: torch.Tensor, conv2_index: torch.Tensor) -> torch.Tensor:
         """Log-mel frames to what the layers take."""
         return F.gelu(self.conv2(F.gelu(self.conv1(input_features, conv1_index)), conv2_index))
 

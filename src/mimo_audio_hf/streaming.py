@@ -9,17 +9,18 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Hashable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from functools import partial
+from typing import Any, cast
 
 import numpy as np
 import torch
 
-from .caching import KeyValueCache, RunningGroupNorm
+from .caching import KeyValueCache, RunningGroupNorm, StreamRows
 from .feature_extraction_mimo_audio_tokenizer import MiMoAudioTokenizerFeatureExtractor
-from .inference import check_codes, check_waveform, crossfade, model_device
+from .inference import check_codes, check_waveform, crossfade, decode_packed, model_device
 from .modeling_mimo_audio_tokenizer import (
-    ATTENTION_BACKENDS,
     MiMoAudioTokenizerDecoder,
+    MiMoAudioTokenizerLayer,
     MiMoAudioTokenizerModel,
     PackedSequences,
 )
@@ -53,7 +54,6 @@ class _Stream:
     num_quantizers: int | None = None
     pending: list[torch.Tensor] = field(default_factory=list)  # codes that wait for their chunk to be full
     buffer: torch.Tensor | None = None  # upstream's: codes that the decoder still sees
-    mel: torch.Tensor | None = None  # of a cached decoder: what the vocoder still sees, before the group norm
     received: int = 0  # frames that the decoder has run on
     emitted: int = 0
     fading: torch.Tensor | None = None  # samples after the emitted ones, to go over from
@@ -68,7 +68,7 @@ class StreamingDecoderPool:
         left_context: how many frames of codes back the decoder sees.
         right_context: how many frames have to follow on those whose audio is given out: the latency.
         chunk_frames: how many new frames the decoder runs on at a time. Codes wait until there are as many, so that
-            the audio does not depend on how they were cut into pushes. None: every push is a chunk, as upstream has it.
+            the audio does not depend on how they were cut into pushes. None: as upstream, every push is a chunk.
         crossfade_samples: over how many samples the audio of a chunk goes over into that of the next; at most a frame,
             and none without right context. Upstream has none.
         cached: keep keys and values instead of running the decoder again on all that it sees: a chunk costs what a
@@ -118,8 +118,8 @@ class StreamingDecoderPool:
         self._opened = 0
         self._cache: _DecoderCache | None = None
         if cached:
-            first = (chunk_frames or 0) + right_context
-            self._cache = _DecoderCache(model, model.decoder, self._device, capacity, left_context, first)
+            contexts = (left_context, right_context, chunk_frames or 1)
+            self._cache = _DecoderCache(model, model.decoder, self._device, capacity, *contexts)
 
     @classmethod
     def low_latency(cls, model: MiMoAudioTokenizerModel, **changes: Any) -> StreamingDecoderPool:
@@ -229,7 +229,8 @@ class StreamingDecoderPool:
         chunk = check_codes(self.model, codes, f"codes of stream {name}").cpu()
         if stream.num_quantizers not in (None, chunk.shape[1]):
             raise ValueError(
-                f"codes of stream {name} are of {chunk.shape[1]} codebooks; accepted: {stream.num_quantizers}, as before"
+                f"codes of stream {name} are of {chunk.shape[1]} codebooks; "
+                f"accepted: {stream.num_quantizers}, as before"
             )
         return chunk
 
@@ -247,6 +248,7 @@ class StreamingDecoderPool:
             return (self.chunk_frames or 0) + self.right_context
         return self.chunk_frames
 
+    @torch.inference_mode()
     def _run(self, streams: list[_Stream]) -> list[torch.Tensor]:
         """The next chunk of each stream through the decoder; the samples that they give out."""
         chunks, rests = [], []
@@ -256,20 +258,25 @@ class StreamingDecoderPool:
             chunks.append(_Chunk(codes[:size], stream.ended and len(codes) < size + (self.chunk_frames is None)))
             rests.append(codes[size:])
         decoded = (self._decode_again if self._cache is None else self._cache.decode)(streams, chunks)
-        audio = []
+        wanted = []
         for stream, chunk, rest, samples in zip(streams, chunks, rests, decoded, strict=True):
             stream.pending = [rest] if len(rest) else []
             stream.received += len(chunk.codes)
-            audio.append(self._emit(stream, samples, chunk.is_last))
-        return audio
+            wanted.append(self._wanted(stream, samples, chunk.is_last))
+        # The only time that a GPU is waited for.
+        on_cpu = torch.cat(wanted).cpu().split([*map(len, wanted)])
+        return [
+            self._emit(stream, samples, chunk.is_last)
+            for stream, chunk, samples in zip(streams, chunks, on_cpu, strict=True)
+        ]
 
     def _decode_again(self, streams: list[_Stream], chunks: list[_Chunk]) -> list[torch.Tensor]:
-        """Upstream's way: the decoder runs on everything that it sees. Returns the samples of that, for each stream."""
+        """Upstream's way: the decoder runs on everything that it sees. The samples of that, for each stream."""
         buffers = [
             chunk.codes if stream.buffer is None else torch.cat([stream.buffer, chunk.codes])
             for stream, chunk in zip(streams, chunks, strict=True)
         ]
-        decoded = [torch.empty(0)] * len(streams)
+        decoded = [torch.empty(0, device=self._device)] * len(streams)
         # Those that cannot give anything yet need not run.
         running = [
             index
@@ -278,32 +285,40 @@ class StreamingDecoderPool:
         ]
         for indices in _groups(running, lambda index: buffers[index].shape[1]):
             lengths = [len(buffers[index]) for index in indices]
-            with torch.inference_mode():
-                layout = self.model.decoder_layout(lengths, self._device)
-                packed = torch.cat([buffers[index] for index in indices]).to(self._device)
-                samples = MiMoAudioTokenizerModel.decode(self.model, packed, layout=layout).audio_values.cpu()
+            packed = torch.cat([buffers[index] for index in indices]).to(self._device)
             sizes = [length * self.model.config.samples_per_frame for length in lengths]
-            for index, clip in zip(indices, samples.split(sizes), strict=True):
+            clips = decode_packed(self.model, packed, lengths).split(sizes)
+            for index, clip in zip(indices, clips, strict=True):
                 decoded[index] = clip
         for stream, buffer in zip(streams, buffers, strict=True):
             stream.buffer = buffer[max(0, len(buffer) - self.left_context) :]
         return decoded
 
-    def _emit(self, stream: _Stream, samples: torch.Tensor, is_last: bool) -> torch.Tensor:
-        """What is given out of samples that reach to the last frame received."""
-        stop = stream.received - (0 if is_last else self.right_context)
-        if stop <= stream.emitted:
-            return torch.empty(0)
-        samples_per_frame = self.model.config.samples_per_frame
+    def _stop(self, stream: _Stream, is_last: bool) -> int:
+        """The frame to which a stream's audio is given out."""
+        return max(stream.emitted, stream.received - (0 if is_last else self.right_context))
+
+    def _wanted(self, stream: _Stream, samples: torch.Tensor, is_last: bool) -> torch.Tensor:
+        """Of samples that reach to the last frame received those to be given out, and those to go over from."""
+        stop = self._stop(stream, is_last)
+        if stop == stream.emitted:
+            return samples[:0]
         start, end = (
-            len(samples) - (stream.received - frame) * samples_per_frame for frame in (stream.emitted, stop)
+            len(samples) - (stream.received - frame) * self.model.config.samples_per_frame
+            for frame in (stream.emitted, stop)
         )
-        audio = samples[start:end].clone()
+        return samples[start : end if is_last else end + self.crossfade_samples]
+
+    def _emit(self, stream: _Stream, samples: torch.Tensor, is_last: bool) -> torch.Tensor:
+        """What is given out of the samples that are wanted; the rest is kept to go over from."""
+        stop = self._stop(stream, is_last)
+        if stop == stream.emitted:
+            return torch.empty(0)
+        length = (stop - stream.emitted) * self.model.config.samples_per_frame
+        audio = samples[:length].clone()
         if stream.fading is not None:
             audio[: len(stream.fading)] = crossfade(stream.fading, audio)
-        stream.fading = None
-        if self.crossfade_samples and not is_last:
-            stream.fading = samples[end : end + self.crossfade_samples].clone()
+        stream.fading = samples[length:].clone() if len(samples) > length else None
         stream.emitted = stop
         return audio
 
@@ -399,7 +414,8 @@ class _DecoderCache:
         device: torch.device,
         rows: int,
         left_context: int,
-        max_chunk: int,
+        right_context: int,
+        chunk_frames: int,
     ) -> None:
         if any(weight.is_meta for weight in decoder.parameters()):
             raise ValueError("cached=True with offloaded weights; accepted: a model whose weights are on its devices")
@@ -407,10 +423,11 @@ class _DecoderCache:
         self.model = model
         self.decoder = decoder
         self.device = device
+        self.right_context = right_context
         self.layers = KeyValueCache(
             decoder,
             rows=rows,
-            max_frames=max_chunk * config.avg_pooler,
+            max_frames=(chunk_frames + right_context) * config.avg_pooler,
             limit=left_context * config.avg_pooler,
             device=device,
             dtype=decoder.dconv1.conv.weight.dtype,
@@ -418,84 +435,166 @@ class _DecoderCache:
         self.norm1, self.norm2 = (
             RunningGroupNorm(each.norm, rows=rows, device=device) for each in (decoder.dconv1, decoder.dconv2)
         )
+        dtype = decoder.dconv2.conv.weight.dtype
+        # The last frames of the layers, whose products the transposed convolution adds to the next ones': zeros before
+        # the first frame, as if there were none.
+        overlap = -(-config.decoder_kernel_size // config.decoder_stride_size) - 1
+        self.tails = torch.zeros(rows, overlap, config.d_model, device=device, dtype=dtype)
+        # The last frames that the vocoder takes, before their norm, and what is no stream's before a stream's first.
         self.mels_per_code = config.avg_pooler * config.decoder_stride_size
-        self.vocoder_context = left_context
-        # What the transposed convolution adds to the next frames: zeros before the first frame, as if there were none.
-        self.tails = torch.zeros(rows, config.d_model, device=device, dtype=decoder.dconv2.conv.weight.dtype)
+        context = left_context
+        if all(left >= 0 for left, _ in decoder.vocoder.windows):
+            reach = sum(cast(MiMoAudioTokenizerLayer, layer).self_attn.window[0] for layer in decoder.vocoder.layers)
+            reach += config.nfft // config.hop_length  # the inverse STFT's
+            context = min(left_context, right_context - (-reach // self.mels_per_code))
+        self.mels = torch.zeros(rows, context * self.mels_per_code, config.n_mels, device=device, dtype=dtype)
+        self._programs: dict[tuple[int, int, int, bool], _Program] = {}
+        self._seen: set[tuple[int, int, int, bool]] = set()
+
+    def tensors(self) -> Iterator[torch.Tensor]:
+        """All that is remembered."""
+        yield from self.layers.tensors()
+        for norm in (self.norm1, self.norm2):
+            yield from (norm.mean, norm.variance)
+        yield from (self.tails, self.mels)
 
     def reset(self, row: int) -> None:
-        for part in (self.layers, self.norm1, self.norm2):
-            part.reset(row)
-        self.tails[row] = 0
+        with torch.inference_mode():
+            for part in (self.layers, self.norm1, self.norm2):
+                part.reset(row)
+            self.tails[row] = self.mels[row] = 0
 
     def add_rows(self, rows: int) -> None:
-        for part in (self.layers, self.norm1, self.norm2):
-            part.add_rows(rows)
-        self.tails = torch.cat([self.tails, self.tails.new_zeros(rows, self.tails.shape[1])])
+        with torch.inference_mode():
+            for part in (self.layers, self.norm1, self.norm2):
+                part.add_rows(rows)
+            self.tails, self.mels = (
+                torch.cat([each, each.new_zeros(rows, *each.shape[1:])]) for each in (self.tails, self.mels)
+            )
+        self._programs.clear()  # which write to what was replaced
+        self._seen.clear()
 
-    @torch.inference_mode()
     def decode(self, streams: list[_Stream], chunks: list[_Chunk]) -> list[torch.Tensor]:
-        """Samples of the last frames of each stream, with the chunks: all that the vocoder sees."""
-        mels: list[torch.Tensor] = [torch.empty(0)] * len(streams)
-        means, variances = ([torch.empty(0)] * len(streams) for _ in range(2))
+        """Samples of the last frames of each stream, with the chunks'."""
+        decoded: list[torch.Tensor] = [self.norm1.mean[:0]] * len(streams)
         # What is alike runs at once.
         for indices in _groups(range(len(streams)), lambda i: (chunks[i].codes.shape, chunks[i].is_last)):
+            indices.sort(key=lambda index: streams[index].row)
             rows = [streams[index].row for index in indices]
             codes = torch.cat([chunks[index].codes for index in indices])
-            new, mean, variance = self._mel(codes, rows, chunks[indices[0]].is_last)
-            for place, index in enumerate(indices):
-                seen = streams[index].mel
-                mels[index] = new[place] if seen is None else torch.cat([seen, new[place]])
-                means[index], variances[index] = mean[place], variance[place]
-        lengths = [len(mel) // self.mels_per_code for mel in mels]
-        layout = self.model.decoder_layout(lengths, self.device)
-        clips = layout.mel.sequence_ids
-        mel = self.norm2.normalize(torch.cat(mels), torch.stack(means)[clips], torch.stack(variances)[clips])
-        backend = ATTENTION_BACKENDS[self.model.attn_implementation]
-        samples = self.decoder.vocoder(mel, layout, backend).flatten().cpu()
-        for stream, each in zip(streams, mels, strict=True):
-            stream.mel = each[max(0, len(each) - self.vocoder_context * self.mels_per_code) :].clone()
-        return [*samples.split([length * self.model.config.samples_per_frame for length in lengths])]
+            is_last = chunks[indices[0]].is_last
+            frames = len(codes) // len(rows) * self.model.config.avg_pooler
+            for index, samples in zip(indices, self._run(codes, rows, is_last), strict=False):
+                decoded[index] = samples
+            self.layers.advance(rows, frames)
+        return decoded
 
-    def _mel(
-        self, codes: torch.Tensor, rows: list[int], is_last: bool
-    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """New codes (streams * frames, codebooks) to what the second group norm takes, and its statistics.
+    def _run(self, codes: torch.Tensor, rows: list[int], is_last: bool) -> torch.Tensor:
+        """[`_step`], as a CUDA graph where the model runs as graphs and a call of the size comes again.
 
-        Returns:
-            (streams, mel frames, n_mels); means and variances (streams,).
+        As many graphs are kept as there are sizes: of chunks that are not the last, in powers of two of streams.
         """
-        config, decoder = self.model.config, self.decoder
-        streams, length = len(rows), len(codes) // len(rows)
-        if not length:
-            mean, variance = self.norm2.statistics(rows)
-            return torch.empty(streams, 0, config.n_mels, device=self.device, dtype=self.tails.dtype), mean, variance
-        layout = self.model.decoder_layout([length] * streams, self.device)
-        features = self.model.encoder.quantizer.decode(codes.to(self.device), self.tails.dtype)
-        features = features.to(self.device, self.tails.dtype)
-        hidden_states = decoder.dconv1.conv(features, layout.dconv1_index)
-        frames = len(hidden_states) // streams
-        mean1, variance1 = self.norm1.include(hidden_states.unflatten(0, (streams, -1)), rows)
-        clips = layout.frames.sequence_ids
-        hidden_states = self.norm1.normalize(hidden_states, mean1[clips], variance1[clips])
-        hidden_states = self.layers.run(hidden_states, rows).unflatten(0, (streams, -1))
+        stream_rows = self.layers.rows(rows)
+        if self.model.graphs is None or is_last or not self.layers.is_bounded:
+            return self._step(codes.to(self.device), stream_rows, is_last)
+        # Some of the streams twice over, which then do the same twice.
+        missing = (1 << (len(rows) - 1).bit_length()) - len(rows)
+        filled = [*rows, *[rows[-1]] * missing]
+        frames = len(codes) // len(rows)
+        codes = torch.cat([codes, codes[-frames:].repeat(missing, 1)])
+        table = self.layers.table(filled)
+        key = (len(filled), *codes.shape, stream_rows.are_first and not missing)
+        program = self._programs.get(key)
+        if program is not None:
+            program.codes.copy_(codes)
+            program.table.copy_(table)
+            return program.replay()
+        inputs = codes.to(self.device), table.to(self.device)
+        body = partial(self._step, inputs[0], StreamRows(inputs[1], key[-1], stream_rows.end), False)
+        if key not in self._seen:
+            self._seen.add(key)
+            return body()
+        samples, replay = self.model.graphs.record(body)
+        self._programs[key] = _Program(*inputs, replay)
+        return samples
 
-        row_index = torch.tensor(rows, device=self.device)
-        kernel, stride = config.decoder_kernel_size, config.decoder_stride_size
-        tailed = torch.cat([self.tails[row_index, None], hidden_states], dim=1)
-        inputs = PackedSequences.from_lengths([frames + 1] * streams, self.device)
-        outputs = PackedSequences.from_lengths([frames * stride + kernel] * streams, self.device)
+    def _step(self, codes: torch.Tensor, rows: StreamRows, is_last: bool) -> torch.Tensor:
+        """New codes (streams * frames, codebooks), which may be none, to samples (streams, samples).
+
+        The samples reach to the end of the new frames, from `right_context` frames before them.
+        """
+        config, decoder, streams = self.model.config, self.decoder, len(rows)
+        length = len(codes) // streams
+        # Everything that is kept is written at the end: before that, an error leaves all as it was.
+        mean2, variance2 = rows.take(self.norm2.mean), rows.take(self.norm2.variance)
+        window = rows.take(self.mels)
+        if length:
+            hidden_states, mean1, variance1 = self._layers(codes, rows)
+            mel, tails = self._upsample(hidden_states.unflatten(0, (streams, -1)), rows)
+            # A whole clip's statistics are over what is cut from its end, too.
+            kept = length * self.mels_per_code
+            counted = mel if is_last else mel[:, :kept]
+            mean2, variance2 = self.norm2.include(counted, rows, rows.positions * config.decoder_stride_size)
+            window = torch.cat([window, mel[:, :kept]], dim=1)
+
+        frames = window.shape[1] // self.mels_per_code
+        known = (rows.positions // config.avg_pooler + length).clamp(max=frames)
+        # What is before a stream's first frame is a clip of its own, which nobody hears.
+        levels = zip(
+            decoder.level_lengths(torch.stack([frames - known, known], dim=1).flatten()),
+            decoder.level_lengths(frames * streams),
+            decoder.level_lengths(frames),
+            strict=True,
+        )
+        code, frame, _, mel_frame, block = (PackedSequences.from_tensor(*level) for level in levels)
+        layout = decoder.layout_of(code, frame, mel_frame, mel_frame, block)  # nothing has to be cut any more
+        backend = self.model._attention_backend(self.device)
+        normed = self.norm2.normalize(window, mean2, variance2)
+        samples = decoder.vocoder(normed.flatten(0, 1), layout, backend).view(streams, -1)
+
+        if length:
+            self.norm1.keep(rows, mean1, variance1)
+            self.norm2.keep(rows, mean2, variance2)
+            self.tails[rows.index] = tails
+            self.mels[rows.index] = window[:, kept:]
+        return samples[:, -(length + self.right_context) * config.samples_per_frame :]
+
+    def _layers(self, codes: torch.Tensor, rows: StreamRows) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Codes to what the layers give (streams * frames, dim); mean and variance (streams,) of the first norm."""
+        decoder, streams, dtype = self.decoder, len(rows), self.tails.dtype
+        length = len(codes) // streams
+        features = self.model.encoder.quantizer.decode(codes, dtype).to(self.device, dtype)
+        code_lengths = rows.index.new_full((streams,), length)
+        pooler = self.model.config.avg_pooler
+        clips = PackedSequences.from_tensor(code_lengths, len(codes), length)
+        frames = PackedSequences.from_tensor(code_lengths * pooler, len(codes) * pooler, length * pooler)
+        hidden_states = decoder.dconv1.conv(features, clips.conv_transpose_index(frames, pooler, pooler))
+        hidden_states = hidden_states.unflatten(0, (streams, -1))
+        mean, variance = self.norm1.include(hidden_states, rows, rows.positions)
+        hidden_states = self.norm1.normalize(hidden_states, mean, variance)
+        return self.layers.run(hidden_states.flatten(0, 1), rows), mean, variance
+
+    def _upsample(self, hidden_states: torch.Tensor, rows: StreamRows) -> tuple[torch.Tensor, torch.Tensor]:
+        """(streams, frames, dim) to mel frames (streams, stride * frames + kernel - stride, n_mels) and next tails."""
+        config, streams = self.model.config, len(rows)
+        kernel, stride, overlap = config.decoder_kernel_size, config.decoder_stride_size, self.tails.shape[1]
+        tailed = torch.cat([rows.take(self.tails), hidden_states], dim=1)
+        inputs, outputs = (
+            PackedSequences.from_tensor(rows.index.new_full((streams,), length), streams * length, length)
+            for length in (tailed.shape[1], (tailed.shape[1] - 1) * stride + kernel)
+        )
         index = inputs.conv_transpose_index(outputs, kernel, stride)
-        mel = decoder.dconv2.conv(tailed.flatten(0, 1), index).unflatten(0, (streams, -1))[:, stride:]
-        # A whole clip's statistics are over what is cut from its end, too.
-        counted = mel if is_last else mel[:, : frames * stride]
-        mean2, variance2 = self.norm2.include(counted, rows)
+        mel = self.decoder.dconv2.conv(tailed.flatten(0, 1), index).unflatten(0, (streams, -1))
+        return mel[:, overlap * stride :], tailed[:, tailed.shape[1] - overlap :]
 
-        self.layers.advance(rows, frames)
-        self.norm1.advance(rows, frames, mean1, variance1)
-        self.norm2.advance(rows, counted.shape[1], mean2, variance2)
-        self.tails[row_index] = hidden_states[:, -1]
-        return mel[:, : frames * stride], mean2, variance2
+
+@dataclass(frozen=True)
+class _Program:
+    """A recorded step, and where it reads from."""
+
+    codes: torch.Tensor
+    table: torch.Tensor
+    replay: Callable[[], torch.Tensor]
 
 
 # --- Encoder ---
@@ -551,8 +650,8 @@ class StreamingEncoder:
             chunk_frames = 25 if chunk_frames is None else chunk_frames
         elif right_context is not None or chunk_frames is not None:
             raise ValueError(
-                f"right_context={right_context}, chunk_frames={chunk_frames} with an encoder that does not look ahead; "
-                "accepted: None, it needs neither"
+                f"right_context={right_context}, chunk_frames={chunk_frames} with an encoder that does not look "
+                "ahead; accepted: None, it needs neither"
             )
         self.left_context = left_context
         self.right_context = right_context
@@ -690,7 +789,7 @@ class _CausalEncoding:
             layout = encoder.layout([len(window)], window.device)
             hidden_states = encoder.stem(window, layout.conv1_index, layout.conv2_index)
             hidden_states = hidden_states[self.frames - first : stop - first]
-            hidden_states = self.cache.run(hidden_states, [0], config.encoder_skip_layer_id)
+            hidden_states = self.cache.run(hidden_states, self.cache.rows([0]), config.encoder_skip_layer_id)
             self.cache.advance([0], stop - self.frames)
             self.frames = stop
             yield self._codes(hidden_states, last and stop == ready)
