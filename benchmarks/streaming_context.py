@@ -44,14 +44,15 @@ def decibels(ratio: float) -> float:
 def decoder_row(model: Any, clips: list[dict[str, torch.Tensor]], **options: Any) -> dict[str, Any]:
     """Errors of a decoder with these options, over all clips.
 
-    `snr_db`: energy of the whole clips' audio over the error's. `mel_distance` to the whole clips' audio. `stoi` to
-    the recordings. `border_db`: mean squared error within 5 ms of the chunks' borders over that elsewhere. `jump_db` and
-    `jump_inside_db`: mean squared step of the error from one sample to the next, at the borders and elsewhere, over
-    that of the audio.
+    `snr_db`: energy of the whole clips' audio over the error's; `worst_snr_db`: that of the worst clip.
+    `mel_distance`: to the whole clips' audio. `stoi`: to the recordings. `border_db`: mean squared error within 5 ms
+    of the chunks' borders over that elsewhere. `jump_db` and `jump_inside_db`: mean squared step of the error from one
+    sample to the next, at the borders and elsewhere, over that of the audio.
     """
     signal = noise = 0.0
     near, far, jumps, steps, audio_steps = ([] for _ in range(5))
     mels, stois, seconds = 0.0, 0.0, 0.0
+    ratios = []
     first = None
     for clip in clips:
         decoder = StreamingDecoder(model, **options)
@@ -61,6 +62,7 @@ def decoder_row(model: Any, clips: list[dict[str, torch.Tensor]], **options: Any
         error = audio - whole
         signal += whole.square().sum().item()
         noise += error.square().sum().item()
+        ratios.append((whole.square().sum() / error.square().sum().clamp(min=1e-12)).item())
         borders = torch.tensor([len(piece) for piece in pieces if len(piece)]).cumsum(0)[:-1]
         at_border = torch.zeros(len(audio), dtype=torch.bool)
         at_border[(borders[:, None] + torch.arange(-120, 120)).flatten().clamp(0, len(audio) - 1)] = True
@@ -79,6 +81,7 @@ def decoder_row(model: Any, clips: list[dict[str, torch.Tensor]], **options: Any
         **options,
         "frames_before_first_audio": first,
         "snr_db": decibels(signal / max(noise, 1e-12)),
+        "worst_snr_db": decibels(min(ratios)),
         "mel_distance": round(mels / seconds, 4),
         "stoi": round(stois / seconds, 4),
         "border_db": decibels(torch.cat(near).mean().item() / torch.cat(far).mean().item()),
@@ -135,6 +138,7 @@ def draw(results: dict[str, Any], path: Path) -> None:
     axes[3].set(title="encoder, left context 250", xlabel="codebook", ylabel="share of equal codes", ylim=(0, 1))
     axes[3].legend(title="right context")
     axes[3].grid(alpha=0.3)
+    axes[3].xaxis.get_major_locator().set_params(integer=True)
     figure.savefig(path, dpi=90)
 
 

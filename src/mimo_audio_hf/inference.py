@@ -17,7 +17,7 @@ from typing import Any, TypeVar, cast
 import numpy as np
 import torch
 
-from .audio import as_tensor
+from .audio import as_tensor, is_finite
 from .feature_extraction_mimo_audio_tokenizer import MiMoAudioTokenizerFeatureExtractor
 from .modeling_mimo_audio_tokenizer import MiMoAudioTokenizerModel, check_code_range
 
@@ -401,7 +401,7 @@ def check_waveform(waveform: Any, name: str = "waveform") -> torch.Tensor:
         raise ValueError(f"{name} has shape {shape}; accepted: mono, (samples,), not empty")
     if not waveform.is_floating_point():
         raise ValueError(f"{name} is {waveform.dtype}; accepted: floats in [-1, 1]")
-    if not waveform.isfinite().all():
+    if not is_finite(waveform):
         raise ValueError(f"{name} holds NaN or infinite samples; accepted: finite samples")
     return waveform
 
