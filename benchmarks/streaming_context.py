@@ -33,6 +33,7 @@ RIGHT = (0, 1, 2, 3, 4, 5, 6, 8, 10, 20, 40)
 # (chunk_frames, right_context): first audio after at most 0.4 s of codes, 10 frames.
 PRESETS = [(chunk, 10 - chunk) for chunk in range(2, 9)]
 CROSSFADES = (0, 120, 240, 480, 960)
+VOCODER = (5, 7, 10, 15, 20, 30, 40, 80, None)
 ENCODER = [(left, right, 25) for left in (50, 250) for right in (0, 5, 10, 25, 50)] + [(250, 100, 25), (1000, 250, 25)]
 
 
@@ -181,7 +182,9 @@ def main() -> None:
         ],
         "named": {name: decoder_row(model, clips, **options) for name, options in named.items()},
     }
-    for name, grid in (("rerun", rerun), ("cached", cached), ("crossfade", crossfades)):
+    vocoders = [{**LOW_LATENCY, "vocoder_context": context} for context in VOCODER]
+    grids = {"rerun": rerun, "cached": cached, "crossfade": crossfades, "vocoder": vocoders}
+    for name, grid in grids.items():
         grid = [options for options in grid if options["right_context"] <= options.get("left_context", 250)]
         results[name] = [decoder_row(model, clips, **options) for options in tqdm(grid, desc=name, disable=None)]
     results["encoder"] = [encoder_row(model, clips, *contexts) for contexts in tqdm(ENCODER, disable=None)]

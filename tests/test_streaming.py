@@ -39,6 +39,13 @@ CHUNKED = {
     "no context": {"left_context": 0, "right_context": 0, "chunk_frames": 8},
     "cached": {"left_context": 30, "right_context": 6, "chunk_frames": 8, "cached": True},
     "cached, no right context": {"left_context": 30, "right_context": 0, "chunk_frames": 3, "cached": True},
+    "cached, short vocoder": {
+        "left_context": 30,
+        "right_context": 3,
+        "chunk_frames": 2,
+        "cached": True,
+        "vocoder_context": 4,
+    },
     "low latency": dict(LOW_LATENCY),
 }
 
@@ -226,6 +233,10 @@ def test_caches_are_exact_but_for_the_norms_statistics(base, monkeypatch, turned
     # Two layers of the vocoder see 10 mel frames ahead each, the inverse STFT 2: 6 frames of codes.
     options = {"left_context": 150, "right_context": 6, "chunk_frames": 4, "cached": True}
     assert_equal_audio(stream(StreamingDecoder(base, **options), codes.split(9)), whole)
+    # Two layers of 40 mel frames and the inverse STFT's 4 reach 21 frames of codes back from those that are given out.
+    assert_equal_audio(stream(StreamingDecoder(base, **options, vocoder_context=27), codes.split(9)), whole)
+    audio = stream(StreamingDecoder(base, **options, vocoder_context=15), codes.split(9))
+    assert (audio - whole).abs().max() > 1e-4 * whole.abs().max()
     # Every frame sees as many before it as it is told to: 3 layers of 20 frames of codes, and the vocoder's.
     options["left_context"] = 20
     audio = stream(StreamingDecoder(base, **options), codes.split(9))
@@ -387,6 +398,8 @@ def test_ends(base):
         ({"crossfade_samples": 961}, "crossfade_samples=961; accepted: 0 to 960"),
         ({"crossfade_samples": 1, "right_context": 0}, "crossfade_samples=1; accepted: 0 to 0"),
         ({"cached": True}, "cached=True without chunk_frames"),
+        ({"vocoder_context": 50}, "vocoder_context=50 without cached=True"),
+        ({"vocoder_context": 39, "cached": True, "chunk_frames": 1}, r"vocoder_context=39; accepted: 40 \(right_con"),
         ({"num_quantizers": 7}, "num_quantizers=7; accepted: 1 to 6"),
     ],
 )

@@ -275,7 +275,7 @@ class RunningGroupNorm:
 
     def reset(self, row: int) -> None:
         """Forgets a stream."""
-        self.mean[row] = self.variance[row] = 0
+        self.mean[row] = self.variance[row] = 0  # so that nothing that is not finite stays
 
     def add_rows(self, rows: int) -> None:
         """Room for more streams."""

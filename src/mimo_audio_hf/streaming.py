@@ -33,6 +33,7 @@ LOW_LATENCY: Mapping[str, Any] = {
     "chunk_frames": 5,
     "crossfade_samples": 240,
     "cached": True,
+    "vocoder_context": 40,
 }
 
 # A causal encoder runs at most so many frames of its layers at once (10 s): memory for their attention is bounded.
@@ -74,6 +75,8 @@ class StreamingDecoderPool:
         cached: keep keys and values instead of running the decoder again on all that it sees: a chunk costs what a
             chunk costs, whatever the context. What was normalized with the statistics of the stream so far is not
             normalized again with later ones, which is where the results differ. Needs `chunk_frames`.
+        vocoder_context: over how many frames of codes before a chunk the vocoder, which looks ahead, runs again in a
+            cached decoder; as many as it can see by default.
         capacity: streams that caches have room for at first; there can be more.
 
     Raises:
@@ -91,6 +94,7 @@ class StreamingDecoderPool:
         chunk_frames: int | None = None,
         crossfade_samples: int = 0,
         cached: bool = False,
+        vocoder_context: int | None = None,
         capacity: int = 1,
     ) -> None:
         if model.decoder is None:
@@ -106,6 +110,10 @@ class StreamingDecoderPool:
             raise ValueError(f"crossfade_samples={crossfade_samples!r}; accepted: 0 to {most}")
         if cached and chunk_frames is None:
             raise ValueError("cached=True without chunk_frames; accepted: both, or neither")
+        if vocoder_context is not None:
+            _check_count("vocoder_context", vocoder_context, right_context, "right_context")
+            if not cached:
+                raise ValueError(f"vocoder_context={vocoder_context} without cached=True; accepted: both, or neither")
         self.model = model
         self.left_context = left_context
         self.right_context = right_context
@@ -118,7 +126,7 @@ class StreamingDecoderPool:
         self._opened = 0
         self._cache: _DecoderCache | None = None
         if cached:
-            contexts = (left_context, right_context, chunk_frames or 1)
+            contexts = (left_context, right_context, chunk_frames or 1, vocoder_context)
             self._cache = _DecoderCache(model, model.decoder, self._device, capacity, *contexts)
 
     @classmethod
@@ -331,7 +339,8 @@ class StreamingDecoder:
     are cut into pushes; [`low_latency`] gives audio after 0.4 s and costs less.
 
     Args:
-        model, left_context, right_context, chunk_frames, crossfade_samples, cached: as in [`StreamingDecoderPool`].
+        model, left_context, right_context, chunk_frames, crossfade_samples, cached, vocoder_context:
+            as in [`StreamingDecoderPool`].
         num_quantizers: codebooks that the codes have; by default as many as the first ones.
 
     Raises:
@@ -348,6 +357,7 @@ class StreamingDecoder:
         chunk_frames: int | None = None,
         crossfade_samples: int = 0,
         cached: bool = False,
+        vocoder_context: int | None = None,
     ) -> None:
         self._pool = StreamingDecoderPool(
             model,
@@ -356,6 +366,7 @@ class StreamingDecoder:
             chunk_frames=chunk_frames,
             crossfade_samples=crossfade_samples,
             cached=cached,
+            vocoder_context=vocoder_context,
         )
         self._num_quantizers = num_quantizers
         self._stream = self._pool.open(num_quantizers)
@@ -416,6 +427,7 @@ class _DecoderCache:
         left_context: int,
         right_context: int,
         chunk_frames: int,
+        vocoder_context: int | None,
     ) -> None:
         if any(weight.is_meta for weight in decoder.parameters()):
             raise ValueError("cached=True with offloaded weights; accepted: a model whose weights are on its devices")
@@ -442,11 +454,11 @@ class _DecoderCache:
         self.tails = torch.zeros(rows, overlap, config.d_model, device=device, dtype=dtype)
         # The last frames that the vocoder takes, before their norm, and what is no stream's before a stream's first.
         self.mels_per_code = config.avg_pooler * config.decoder_stride_size
-        context = left_context
+        context = left_context if vocoder_context is None else min(left_context, vocoder_context)
         if all(left >= 0 for left, _ in decoder.vocoder.windows):
             reach = sum(cast(MiMoAudioTokenizerLayer, layer).self_attn.window[0] for layer in decoder.vocoder.layers)
             reach += config.nfft // config.hop_length  # the inverse STFT's
-            context = min(left_context, right_context - (-reach // self.mels_per_code))
+            context = min(context, right_context - (-reach // self.mels_per_code))
         self.mels = torch.zeros(rows, context * self.mels_per_code, config.n_mels, device=device, dtype=dtype)
         self._programs: dict[tuple[int, int, int, bool], _Program] = {}
         self._seen: set[tuple[int, int, int, bool]] = set()
