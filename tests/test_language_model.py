@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from accelerate.state import AcceleratorState
 
 from mimo_audio_hf import encode_waveforms, load_audio, load_model
 from mimo_audio_hf.cli import main
@@ -113,6 +114,14 @@ def test_bad_examples(model, clips):
         AudioCodesCollator(model, 21)
     with pytest.raises(ValueError, match=r"delays=\[0, 1\] for 8 codebooks"):
         AudioCodesCollator(model, delays=[0, 1])
+
+
+@pytest.fixture(autouse=True)
+def fresh_accelerator_state():
+    """accelerate keeps one mixed precision a process."""
+    AcceleratorState._reset_state(reset_partial_state=True)
+    yield
+    AcceleratorState._reset_state(reset_partial_state=True)
 
 
 @pytest.fixture(scope="module")
