@@ -100,7 +100,7 @@ def run_stream(args: argparse.Namespace) -> None:
         first_codes = busy = slowest = start = 0.0
         received = codes = emitted = 0
         most = None if args.seconds is None else round(args.seconds * rate)
-        with tqdm(desc="streamed", unit="s", unit_scale=block / rate, disable=None) as bar:
+        with tqdm(bar_format="streamed {n:.1f} s [{elapsed}{postfix}]", disable=None) as bar:
             for samples, is_last in _with_last(blocks, most):
                 arrived = time.perf_counter()
                 if not received:
@@ -120,7 +120,7 @@ def run_stream(args: argparse.Namespace) -> None:
                 audio.append(new_audio)
                 codes, emitted = codes + len(new_codes), emitted + len(new_audio)
                 busy, slowest = busy + computed, max(slowest, computed)
-                bar.update()
+                bar.update(len(samples) / rate)
     if not received:
         print("nothing was recorded")
         return
