@@ -41,9 +41,11 @@ def random_features(
     return features * mask[:, None], mask.long()
 
 
-def random_model(config: MiMoAudioTokenizerConfig, dtype: torch.dtype, seed: int = 0) -> MiMoAudioTokenizerModel:
+def random_model(
+    config: MiMoAudioTokenizerConfig, dtype: torch.dtype, seed: int = 0, device: str = "cuda"
+) -> MiMoAudioTokenizerModel:
     torch.manual_seed(seed)
-    with torch.device("cuda"):
+    with torch.device(device):
         return MiMoAudioTokenizerModel(config).to(dtype).eval()
 
 
