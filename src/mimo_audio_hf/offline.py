@@ -12,13 +12,14 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import os
 import sys
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import timedelta
 from functools import lru_cache
 from pathlib import Path
@@ -61,6 +62,28 @@ class Clip:
     info: dict[str, Any]
     data: torch.Tensor | None = None
     error: str | None = None
+
+
+@dataclass(frozen=True)
+class _Read:
+    """Clips on their way from the process that read them, as one tensor: each would take several system calls."""
+
+    clips: list[Clip]  # without their data
+    shapes: list[tuple[int, ...] | None]
+    data: torch.Tensor
+
+    @classmethod
+    def of(cls, clips: list[Clip]) -> _Read:
+        data = [clip.data.flatten() for clip in clips if clip.data is not None]
+        shapes = [None if clip.data is None else tuple(clip.data.shape) for clip in clips]
+        return cls([replace(clip, data=None) for clip in clips], shapes, torch.cat(data) if data else torch.empty(0))
+
+    def unpacked(self) -> list[Clip]:
+        parts = iter(self.data.split([math.prod(shape) for shape in self.shapes if shape is not None]))
+        return [
+            clip if shape is None else replace(clip, data=next(parts).view(shape))
+            for clip, shape in zip(self.clips, self.shapes, strict=True)
+        ]
 
 
 class _Clips(Dataset[Clip]):
@@ -292,14 +315,14 @@ def _in_turn(
 def _batches(
     lines: Sequence[dict[str, Any]], source: str, sampling_rate: int, args: argparse.Namespace
 ) -> Iterator[list[Clip]]:
-    loader: DataLoader[Clip] = DataLoader(
+    loader: DataLoader[Any] = DataLoader(
         _Clips(lines, source, sampling_rate),
         batch_size=args.batch_size,
         num_workers=args.num_workers,
         prefetch_factor=args.prefetch if args.num_workers else None,
-        collate_fn=list,
+        collate_fn=_Read.of,
     )
-    return iter(loader)
+    return (read.unpacked() for read in loader)
 
 
 if __name__ == "__main__":
