@@ -7,6 +7,7 @@ bound, see [`StreamingEncoder`]): it may run for days.
 
 from __future__ import annotations
 
+import heapq
 from collections.abc import Callable, Collection, Hashable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import partial
@@ -121,6 +122,7 @@ class StreamingDecoderPool:
         self.crossfade_samples = crossfade_samples
         self.cached = cached
         self._device = model_device(model, model.decoder)
+        self._samples_per_frame = model.config.samples_per_frame
         self._streams: dict[int, _Stream] = {}
         self._free = [*range(capacity)]
         self._opened = 0
@@ -156,12 +158,13 @@ class StreamingDecoderPool:
             if self._cache is not None:
                 self._cache.add_rows(rows)
         stream, self._opened = self._opened, self._opened + 1
-        self._streams[stream] = _Stream(self._free.pop(0), num_quantizers)
+        # The lowest row: rows from the first one on need not be gathered.
+        self._streams[stream] = _Stream(heapq.heappop(self._free), num_quantizers)
         return stream
 
     def close(self, stream: int) -> None:
         """Forgets a stream, whether it has ended or not."""
-        self._free.append(self._clear(stream).row)
+        heapq.heappush(self._free, self._clear(stream).row)
         del self._streams[stream]
 
     def reset(self, stream: int) -> None:
@@ -294,7 +297,7 @@ class StreamingDecoderPool:
         for indices in _groups(running, lambda index: buffers[index].shape[1]):
             lengths = [len(buffers[index]) for index in indices]
             packed = torch.cat([buffers[index] for index in indices]).to(self._device)
-            sizes = [length * self.model.config.samples_per_frame for length in lengths]
+            sizes = [length * self._samples_per_frame for length in lengths]
             clips = decode_packed(self.model, packed, lengths).split(sizes)
             for index, clip in zip(indices, clips, strict=True):
                 decoded[index] = clip
@@ -312,8 +315,7 @@ class StreamingDecoderPool:
         if stop == stream.emitted:
             return samples[:0]
         start, end = (
-            len(samples) - (stream.received - frame) * self.model.config.samples_per_frame
-            for frame in (stream.emitted, stop)
+            len(samples) - (stream.received - frame) * self._samples_per_frame for frame in (stream.emitted, stop)
         )
         return samples[start : end if is_last else end + self.crossfade_samples]
 
@@ -322,7 +324,7 @@ class StreamingDecoderPool:
         stop = self._stop(stream, is_last)
         if stop == stream.emitted:
             return torch.empty(0)
-        length = (stop - stream.emitted) * self.model.config.samples_per_frame
+        length = (stop - stream.emitted) * self._samples_per_frame
         audio = samples[:length].clone()
         if stream.fading is not None:
             audio[: len(stream.fading)] = crossfade(stream.fading, audio)
