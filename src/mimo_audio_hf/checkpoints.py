@@ -110,7 +110,8 @@ def load_model(
             raise ValueError(f"attn_implementation={attn_implementation!r} is not available: {error}") from error
     if quantization is not None and quantization_of(loaded) is not None:
         return loaded
-    loaded = loaded.to(device=target, dtype=weight_dtype)  # type: ignore[call-arg] # (transformers wraps it untyped)
+    if target not in (None, loaded.device) or weight_dtype not in (None, loaded.dtype):
+        loaded = loaded.to(device=target, dtype=weight_dtype)  # type: ignore[call-arg] # (transformers wraps it untyped)
     return loaded if quantization is None else quantize(loaded, quantization)
 
 

@@ -45,6 +45,13 @@ def mel_filters(
         return torch.minimum(rising, falling).clamp(min=0.0).to(device)
 
 
+def upload(tensor: torch.Tensor, device: torch.device | str | None) -> torch.Tensor:
+    """A small tensor from the host; to a GPU through pinned memory, for other copies wait until its work is done."""
+    if device is None or torch.device(device).type != "cuda":
+        return tensor.to(device)
+    return tensor.pin_memory().to(device, non_blocking=True)
+
+
 class MiMoAudioTokenizerFeatureExtractor(SequenceFeatureExtractor):
     r"""
     Turns 24 kHz mono audio into the log-mel spectrograms that [`MiMoAudioTokenizerModel`] encodes.
@@ -146,8 +153,7 @@ class MiMoAudioTokenizerFeatureExtractor(SequenceFeatureExtractor):
         lengths = [len(waveform) for waveform in waveforms]
         samples = torch.cat(list(waveforms))
         frames = [self.num_frames(length) for length in lengths]
-        # In one tensor: each copy to a GPU is waited for.
-        lengths, frame_lengths = torch.tensor([lengths, frames], device=samples.device)
+        lengths, frame_lengths = upload(torch.tensor([lengths, frames]), samples.device)
         return self.log_mel_of_packed(samples, lengths, frame_lengths, sum(frames))
 
     def log_mel_of_packed(

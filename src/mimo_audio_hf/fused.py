@@ -28,7 +28,7 @@ from .modeling_mimo_audio_tokenizer import (
     PackedSequences,
     Window,
 )
-from .quantization import QuantizedLinear, RoundedRows, round_rows
+from .quantization import QuantizedLinear, RoundedRows, require_no_gradient, round_rows
 
 
 # Programs that share the rows of a gradient: a few for each of the GPU's processors.
@@ -460,6 +460,9 @@ class ResidualSearch:
         # In float64 once: those of twenty entries add up.
         self.gram = (entries.double() @ entries.double().t()).float()
 
+    def __deepcopy__(self, memo: object) -> None:
+        """Copies of the model may be moved, and search codebook by codebook."""
+
     def __call__(self, features: torch.Tensor, num_quantizers: int) -> torch.Tensor:
         """Features (n, dim) to codes (n, num_quantizers) int64."""
         used = sum(self.sizes[:num_quantizers])
@@ -577,9 +580,12 @@ def run_layers(
     norms = [cast(nn.LayerNorm, norm) for norm in (*parts, stack.layer_norm)]
     # What takes the norms' results: at the end, whoever called.
     takers = [linear for layer in layers for linear in (layer.self_attn.q_proj, layer.fc1)] + [None]
+    parameters = [*stack.layers.parameters(), *stack.layer_norm.parameters()]
     trained = torch.is_grad_enabled() and (
-        hidden_states.requires_grad or any(parameter.requires_grad for parameter in stack.layers.parameters())
+        hidden_states.requires_grad or any(parameter.requires_grad for parameter in parameters)
     )
+    if isinstance(layers[0].fc1, QuantizedLinear):
+        require_no_gradient(hidden_states)
     skip = None
     with torch.cuda.device_of(hidden_states):
         normed: torch.Tensor | RoundedRows = norms[0](hidden_states)

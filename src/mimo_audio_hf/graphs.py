@@ -9,6 +9,7 @@ lengths is computed within the graph, from one small tensor.
 from __future__ import annotations
 
 import threading
+import weakref
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -19,7 +20,7 @@ import numpy as np
 import torch
 from transformers.utils import logging
 
-from .feature_extraction_mimo_audio_tokenizer import MiMoAudioTokenizerFeatureExtractor
+from .feature_extraction_mimo_audio_tokenizer import MiMoAudioTokenizerFeatureExtractor, upload
 from .modeling_mimo_audio_tokenizer import (
     MiMoAudioTokenizerDecoder,
     MiMoAudioTokenizerModel,
@@ -32,17 +33,17 @@ from .modeling_mimo_audio_tokenizer import (
 logger = logging.get_logger(__name__)
 
 # The most audio in a call that is run as a graph: longer ones keep a GPU busy by themselves.
-MAX_GRAPH_SECONDS = 420.0
-# Graphs that are kept, those used last.
-MAX_GRAPHS = 128
-# Buckets an octave, as powers of two: of small calls, whose time their size hardly changes, and of large ones, which
-# pay for what is over. Large ones are batches of some duration, so that few of their buckets are used.
-SMALL_BUCKETS, LARGE_BUCKETS = 3, 5
-LARGE_SECONDS = 40.0
-SMALLEST_BUCKET_SECONDS = 0.32
+MAX_GRAPH_SECONDS = 60.0
+# Graphs that are kept, those used last: more than there are sizes of single clips.
+MAX_GRAPHS = 256
+# Totals are rounded up to a quarter of an octave, from this one. Few sizes are soon all recorded, and small calls take
+# about the same time whatever their size.
+SMALLEST_BUCKET_SECONDS = 0.64
+BUCKETS_AN_OCTAVE = 4
 
 
-Outputs = tuple[torch.Tensor, torch.Tensor]
+# What a call gives, and of mel frames how many of each clip are not finite.
+Outputs = tuple[torch.Tensor, torch.Tensor | None]
 Result = TypeVar("Result")
 
 
@@ -55,13 +56,6 @@ class _Shape:
     total: int  # mel or code frames
     longest: int
     num_quantizers: int
-
-
-@dataclass
-class _Program:
-    inputs: torch.Tensor
-    lengths: torch.Tensor
-    run: Callable[[], Outputs]
 
 
 def record_graph(
@@ -97,21 +91,24 @@ def record_graph(
 class GraphRunner:
     """Runs `encode` and `decode` of a model by CUDA graphs, each recorded when its size comes the second time.
 
-    Results are on the model's device and in the current stream. Calls from several threads take turns.
+    Results are on the model's device and in the current stream. Calls from several threads take turns. What is
+    recorded does not look at hooks again, nor at anything else that changes how the model runs.
 
     Args:
-        model: frozen, all of it on one CUDA device. It must not be moved, cast or trained afterwards.
+        model: frozen, all of it on one CUDA device. It is not kept alive.
         capture: whether to record graphs. Without them calls have the same sizes and run as usual, anywhere.
     """
 
     def __init__(self, model: MiMoAudioTokenizerModel, capture: bool = True) -> None:
-        self._model = model
+        self._model_reference = weakref.ref(model)  # which has this
         self._extractor = MiMoAudioTokenizerFeatureExtractor.from_config(model.config)
         self._weight = model.encoder.conv1.weight
         self._data_ptr = self._weight.data_ptr()
         self._device = self._weight.device
-        self._programs: OrderedDict[_Shape, _Program] = OrderedDict()
+        self._programs: OrderedDict[_Shape, Callable[[], Outputs]] = OrderedDict()
         self._seen: set[_Shape] = set()
+        # Where calls find their input, for those of all sizes: they take turns.
+        self._inputs: dict[str, torch.Tensor] = {}
         self._pool = torch.cuda.graph_pool_handle() if capture else None
         self._stream = torch.cuda.Stream(self._device) if capture else None
         self._done = torch.cuda.Event() if capture else None
@@ -126,18 +123,28 @@ class GraphRunner:
         return type(None), ()
 
     def takes(self, lengths: Sequence[int]) -> bool:
-        """Whether clips of these lengths, in mel frames, may be run."""
-        return sum(lengths) <= self._max_frames
+        """Whether clips of these lengths, in mel frames, may be run here and now."""
+        return sum(lengths) <= self._max_frames and not torch.is_autocast_enabled(self._device.type)
 
     def takes_codes(self, lengths: Sequence[int]) -> bool:
-        """Whether clips of these lengths, in code frames, may be run."""
-        return sum(lengths) * self._mel_frames_per_code <= self._max_frames
+        """Whether clips of these lengths, in code frames, may be run here and now."""
+        return self.takes([length * self._mel_frames_per_code for length in lengths])
+
+    def clear(self) -> None:
+        """Gives back the memory of all graphs."""
+        with self._lock:
+            if self._stream is not None:
+                torch.cuda.synchronize(self._device)
+                self._pool = torch.cuda.graph_pool_handle()
+            self._programs.clear()
+            self._seen.clear()
+            self._inputs.clear()
 
     def encode_waveforms(self, samples: torch.Tensor, lengths: Sequence[int], num_quantizers: int) -> torch.Tensor:
         """Samples (total_samples,), clips end to end, and their lengths to codes (total_codes, num_quantizers)."""
         frames = [self._extractor.num_frames(length) for length in lengths]
-        codes, _ = self._run("waveforms", samples, lengths, frames, num_quantizers)
-        return codes[: sum(self._model.encoder.code_lengths(frames))].clone()
+        size = sum(self._model.encoder.code_lengths(frames))
+        return self._run("waveforms", samples, lengths, frames, num_quantizers, size)[0]
 
     def encode(self, input_features: torch.Tensor, lengths: Sequence[int], num_quantizers: int) -> torch.Tensor:
         """Log-mel frames (total_frames, n_mels) to codes (total_codes, num_quantizers).
@@ -145,16 +152,16 @@ class GraphRunner:
         Raises:
             ValueError: a clip holds NaN or infinity.
         """
-        codes, broken = self._run("features", input_features, lengths, lengths, num_quantizers)
-        codes = codes[: sum(self._model.encoder.code_lengths(lengths))].clone()
-        if broken[: len(lengths)].any():
+        size = sum(self._model.encoder.code_lengths(lengths))
+        codes, broken = self._run("features", input_features, lengths, lengths, num_quantizers, size)
+        if broken is not None and broken.any():
             raise not_finite_error(int(broken.nonzero()[0]))
         return codes
 
     def decode(self, audio_codes: torch.Tensor, lengths: Sequence[int]) -> torch.Tensor:
         """Codes (total_codes, num_quantizers) to samples (total_samples,)."""
-        samples, _ = self._run("codes", audio_codes, lengths, lengths, audio_codes.shape[1])
-        return samples[: sum(lengths) * self._model.config.samples_per_frame].clone()
+        size = sum(lengths) * self._model.config.samples_per_frame
+        return self._run("codes", audio_codes, lengths, lengths, audio_codes.shape[1], size)[0]
 
     def encode_padded(
         self, input_features: torch.Tensor, lengths: Sequence[int], num_quantizers: int
@@ -180,8 +187,14 @@ class GraphRunner:
             return packed[None], torch.ones(1, len(packed), dtype=torch.long, device=packed.device)
         index = np.where(mask, ends.cumsum(0) - ends + frames, len(packed))
         # In one copy to the device.
-        index, mask = torch.from_numpy(np.stack([index, mask])).to(packed.device, non_blocking=True)
+        index, mask = upload(torch.from_numpy(np.stack([index, mask])), packed.device)
         return gather_rows(packed, index), mask
+
+    @property
+    def _model(self) -> MiMoAudioTokenizerModel:
+        model = self._model_reference()
+        assert model is not None
+        return model
 
     def record(self, body: Callable[[], torch.Tensor]) -> tuple[torch.Tensor, Callable[[], torch.Tensor]]:
         """[`record_graph`] in this runner's memory, or without recording where it does not; results are one's own."""
@@ -206,71 +219,95 @@ class GraphRunner:
         return self._model.config.samples_per_frame // self._model.config.hop_length
 
     def _run(
-        self, inputs: str, data: torch.Tensor, lengths: Sequence[int], frames: Sequence[int], num_quantizers: int
+        self,
+        inputs: str,
+        data: torch.Tensor,
+        lengths: Sequence[int],
+        frames: Sequence[int],
+        num_quantizers: int,
+        size: int,
     ) -> Outputs:
-        """The outputs of a bucket, which the next call of its shape overwrites."""
+        """The first `size` rows of a bucket's outputs."""
         if self._weight is not self._model.encoder.conv1.weight or self._weight.data_ptr() != self._data_ptr:
             raise RuntimeError(
-                "the model was moved, cast or loaded anew after optimize_for_inference; accepted: that comes last"
+                "a part of the model was moved or cast after optimize_for_inference; accepted: the whole, or none"
             )
         shape = self._shape_of(inputs, frames, num_quantizers)
         filled = torch.tensor([*lengths, *[0] * (shape.clips - len(lengths))])
-        with self._lock, torch.no_grad():
+        # Not in inference mode: what is kept here would be closed to calls outside of it.
+        with self._lock, torch.inference_mode(False), torch.no_grad():
             if self._done is not None:  # the call before may be in another stream
                 torch.cuda.current_stream(self._device).wait_event(self._done)
-            program = self._programs.get(shape)
-            if program is None:
-                # A size that never comes again is not worth a recording.
-                program = self._prepare(shape, filled, record=shape in self._seen and self._stream is not None)
-                if shape in self._seen:
-                    self._programs[shape] = program
-                self._seen.add(shape)
-                if len(self._programs) > MAX_GRAPHS:
-                    self._programs.popitem(last=False)
-            else:
-                self._programs.move_to_end(shape)
-            program.inputs[: len(data)].copy_(data, non_blocking=True)
-            program.lengths.copy_(filled, non_blocking=True)
-            outputs = program.run()
+            place, places = self._input(shape), self._input_lengths(shape)
+            place[: len(data)].copy_(data, non_blocking=True)
+            place[len(data) :].zero_()  # the filler's: what is there may be out of range in another call's shape
+            places.copy_(upload(filled, self._device))
+            outputs, broken = self._program(shape, place, places)()
+            # Copied before the next call, which overwrites them.
+            outputs, broken = outputs[:size].clone(), None if broken is None else broken[: len(lengths)].clone()
             if self._done is not None:
                 self._done.record(torch.cuda.current_stream(self._device))
-            return outputs
+        return outputs, broken
 
     def _shape_of(self, inputs: str, frames: Sequence[int], num_quantizers: int) -> _Shape:
         config = self._model.config
         per_second = config.sampling_rate / config.hop_length
         if inputs == "codes":
             per_second /= self._mel_frames_per_code
+        smallest = round(SMALLEST_BUCKET_SECONDS * per_second)
         total = sum(frames)
-        buckets = LARGE_BUCKETS if total > LARGE_SECONDS * per_second else SMALL_BUCKETS
-        step = max(round(SMALLEST_BUCKET_SECONDS * per_second), 1 << max(0, total.bit_length() - 1 - buckets))
-        bucket = -(-total // step) * step
-        longest = max(*frames, bucket - total)
-        return _Shape(
-            inputs=inputs,
-            clips=1 << (len(frames) - 1).bit_length(),
-            total=bucket,
-            longest=min(bucket, 1 << (longest - 1).bit_length()),
-            num_quantizers=num_quantizers,
+        octave = max(0, (-(-total // smallest) - 1).bit_length() - 1)
+        step = -(-(smallest << octave) // BUCKETS_AN_OCTAVE)
+        bucket = max(smallest, -(-total // step) * step)
+        clips = 1 if len(frames) == 1 else 4 ** -(-(len(frames) - 1).bit_length() // 2)
+        # Of a batch, twice a clip's share or anything: few batches have much longer clips.
+        share = -(-2 * bucket // clips)
+        is_even = clips > 1 and max(*frames, bucket - total) <= share
+        return _Shape(inputs, clips, bucket, share if is_even else bucket, num_quantizers)
+
+    def _program(self, shape: _Shape, inputs: torch.Tensor, lengths: torch.Tensor) -> Callable[[], Outputs]:
+        """What runs a shape; recorded, if it is not the first time."""
+        if shape in self._programs:
+            self._programs.move_to_end(shape)
+            return self._programs[shape]
+        program: Callable[[], Outputs] = partial(
+            self._decode if shape.inputs == "codes" else self._encode, shape, inputs, lengths
         )
-
-    def _prepare(self, shape: _Shape, lengths: torch.Tensor, record: bool) -> _Program:
-        hop, n_mels, device = self._extractor.hop_length, self._model.config.n_mels, self._device
-        lengths = lengths.to(device)
-        if shape.inputs == "codes":
-            inputs = torch.zeros(shape.total, shape.num_quantizers, dtype=torch.long, device=device)
-        else:
-            size = (shape.total * hop,) if shape.inputs == "waveforms" else (shape.total, n_mels)
-            inputs = torch.zeros(size, device=device)
-        body = partial(self._decode if shape.inputs == "codes" else self._encode, shape, inputs, lengths)
-        if not record:
-            return _Program(inputs, lengths, body)
+        if shape not in self._seen:  # a size that never comes again is not worth a recording
+            self._seen.add(shape)
+            return program
+        if self._stream is not None:
+            _, program = record_graph(program, self._device, self._pool, self._stream)
         self.recorded += 1
-        assert self._stream is not None
-        _, replay = record_graph(body, device, self._pool, self._stream)
-        return _Program(inputs, lengths, replay)
+        self._programs[shape] = program
+        if len(self._programs) > MAX_GRAPHS:
+            oldest, _ = self._programs.popitem(last=False)
+            self._seen.discard(oldest)
+        return program
 
-    def _encode(self, shape: _Shape, inputs: torch.Tensor, lengths: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    def _input(self, shape: _Shape) -> torch.Tensor:
+        """Where calls find their waveforms (samples,), features (frames, n_mels) or codes (frames, codebooks)."""
+        widths = {
+            "waveforms": self._extractor.hop_length,
+            "features": self._model.config.n_mels,
+            "codes": shape.num_quantizers,
+        }
+        width = widths[shape.inputs]
+        if shape.inputs not in self._inputs:
+            # A bucket may be a step larger than the largest call; codes have fewer frames.
+            size = self._max_frames * 2 * max(width, self._model.config.num_quantizers)
+            dtype = torch.long if shape.inputs == "codes" else torch.float32
+            self._inputs[shape.inputs] = torch.zeros(size, dtype=dtype, device=self._device)
+        flat = self._inputs[shape.inputs][: shape.total * width]
+        return flat if shape.inputs == "waveforms" else flat.view(shape.total, width)
+
+    def _input_lengths(self, shape: _Shape) -> torch.Tensor:
+        name = f"lengths of {shape.clips}"
+        if name not in self._inputs:
+            self._inputs[name] = torch.zeros(shape.clips, dtype=torch.long, device=self._device)
+        return self._inputs[name]
+
+    def _encode(self, shape: _Shape, inputs: torch.Tensor, lengths: torch.Tensor) -> Outputs:
         encoder, config, clips = self._model.encoder, self._model.config, shape.clips
         is_there = lengths > 0
         mel_lengths = lengths
@@ -301,7 +338,7 @@ class GraphRunner:
         features = encoder(inputs.to(dtype), encoder.layout_of(mel, frames, codes), backend)
         return encoder.quantizer.encode(features, shape.num_quantizers, dtype), broken
 
-    def _decode(self, shape: _Shape, inputs: torch.Tensor, lengths: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    def _decode(self, shape: _Shape, inputs: torch.Tensor, lengths: torch.Tensor) -> Outputs:
         decoder = cast(MiMoAudioTokenizerDecoder, self._model.decoder)
         clips, device = shape.clips, inputs.device
         # What a clip has before the cut beyond what scales with it, the filler and missing ones may have as well.
@@ -320,7 +357,7 @@ class GraphRunner:
         features = self._model.encoder.quantizer.decode(inputs, dtype).to(dtype)
         backend = self._model._attention_backend(device)
         samples = decoder(features, decoder.layout_of(*sequences), backend).flatten()
-        return samples, samples.new_zeros(())
+        return samples, None
 
 
 def _fill(lengths: torch.Tensor, total: int, longest: int) -> PackedSequences:

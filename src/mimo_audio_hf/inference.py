@@ -236,7 +236,7 @@ def encode_stream(
 
     done: list[torch.Tensor] = []
     failure: torch.OutOfMemoryError | None = None
-    for piece, result in _run_in_batches(launch, pieces(), seconds, max_batch_seconds, device, progress):
+    for piece, result in _run_in_batches(model, launch, pieces(), seconds, max_batch_seconds, device, progress):
         if isinstance(result, torch.Tensor):
             done.append(without_overlap(piece, result) if overlap else result)
         else:
@@ -287,7 +287,9 @@ def decode_stream(
     for _, group in itertools.groupby(clips, key=lambda clip: clip[1].shape[1]):
         whole: torch.Tensor | None = None
         failure: torch.OutOfMemoryError | None = None
-        for piece, result in _run_in_batches(launch, pieces(group), seconds, max_batch_seconds, device, progress):
+        for piece, result in _run_in_batches(
+            model, launch, pieces(group), seconds, max_batch_seconds, device, progress
+        ):
             if not isinstance(result, torch.Tensor):
                 failure = result
             elif piece.start == 0 and piece.is_last:
@@ -428,6 +430,7 @@ class _Piece:
 
 
 def _run_in_batches(
+    model: MiMoAudioTokenizerModel,
     launch: Callable[[list[Item]], Callable[[], list[Result]]],
     items: Iterable[Item],
     seconds: Callable[[Item], float],
@@ -438,6 +441,7 @@ def _run_in_batches(
     """Items with their results, in order. A batch is prepared and launched while the one before it still runs.
 
     Args:
+        model: whose graphs make room where memory does not suffice.
         launch: starts the computation of a batch on the device, and returns what waits for its results.
         items: taken as batches are filled.
         seconds: the duration of an item.
@@ -477,6 +481,8 @@ def _run_in_batches(
                 running = batch, started
                 continue
             yield from finished()
+            if model.graphs is not None:
+                model.graphs.clear()
             torch.cuda.empty_cache()
             if len(batch) == 1:
                 yield batch[0], failure

@@ -25,7 +25,7 @@ from transformers.modeling_utils import AttentionInterface, PreTrainedAudioToken
 from transformers.utils import ModelOutput, can_return_tuple, is_flash_attn_2_available, logging
 
 from .configuration_mimo_audio_tokenizer import MiMoAudioTokenizerConfig
-from .feature_extraction_mimo_audio_tokenizer import MiMoAudioTokenizerFeatureExtractor
+from .feature_extraction_mimo_audio_tokenizer import MiMoAudioTokenizerFeatureExtractor, upload
 
 
 if is_flash_attn_2_available():
@@ -59,7 +59,7 @@ class PackedSequences:
     @classmethod
     def from_lengths(cls, lengths: Sequence[int], device: torch.device | str | None = None) -> PackedSequences:
         """Sequences of the given lengths, in frames; from the host, so that no layer has to ask the GPU for them."""
-        return cls.from_tensor(torch.tensor(lengths, device=device), sum(lengths), max(lengths))
+        return cls.from_tensor(upload(torch.tensor(lengths), device), sum(lengths), max(lengths))
 
     @classmethod
     def from_tensor(cls, lengths: torch.Tensor, total: int, max_seqlen: int) -> PackedSequences:
@@ -714,9 +714,9 @@ class MiMoAudioTokenizerResidualVectorQuantizer(nn.Module):
     @torch.no_grad()
     def encode(self, features: torch.Tensor, num_quantizers: int, dtype: torch.dtype) -> torch.Tensor:
         """Features (n, dim) of a model in `dtype` to codes (n, num_quantizers) int64."""
-        if self.search is not None:
-            return self.search(features, num_quantizers)
         with torch.autocast(features.device.type, enabled=False):
+            if self.search is not None:
+                return self.search(features, num_quantizers)
             residual = features.float()
             codes = []
             for codebook in self.codebooks[:num_quantizers]:
@@ -1203,8 +1203,24 @@ class MiMoAudioTokenizerModel(MiMoAudioTokenizerPreTrainedModel):
         return self._attn_implementation_on(next(devices, torch.device("cpu")))
 
     def set_attn_implementation(self, attn_implementation: str | dict[str, str], *args: Any, **kwargs: Any) -> None:
+        self.drop_optimizations()
         super().set_attn_implementation(attn_implementation, *args, **kwargs)
         self.config._attn_implementation_is_default = False
+
+    # --- What was made for the weights as they were ---
+
+    def drop_optimizations(self) -> None:
+        """Takes back what `mimo_audio_hf.optimize_for_inference` did, but for freezing."""
+        self.graphs = None
+        self.encoder.quantizer.search = None
+
+    def _apply(self, *args: Any, **kwargs: Any) -> Any:
+        self.drop_optimizations()  # moved or cast
+        return super()._apply(*args, **kwargs)
+
+    def load_state_dict(self, *args: Any, **kwargs: Any) -> Any:
+        self.drop_optimizations()
+        return super().load_state_dict(*args, **kwargs)
 
     def _check_and_adjust_attn_implementation(
         self, attn_implementation: str | None, is_init_check: bool = False, *args: Any, **kwargs: Any
@@ -1368,11 +1384,9 @@ class MiMoAudioTokenizerModel(MiMoAudioTokenizerPreTrainedModel):
         if layout is None:
             audio_codes, lengths = self._check_codes(audio_codes, audio_codes_mask)
             if self.graphs is not None and hidden_states is None and self.graphs.takes_codes(lengths):
-                samples = torch.tensor(lengths) * self.config.samples_per_frame
-                return MiMoAudioTokenizerDecoderOutput(
-                    audio_values=(waveforms := self.graphs.decode_padded(audio_codes, lengths)),
-                    audio_lengths=samples.to(waveforms.device, non_blocking=True),
-                )
+                waveforms = self.graphs.decode_padded(audio_codes, lengths)
+                samples = upload(torch.tensor(lengths) * self.config.samples_per_frame, waveforms.device)
+                return MiMoAudioTokenizerDecoderOutput(audio_values=waveforms, audio_lengths=samples)
             device = _compute_device(self._require_decoder().dconv1.conv.weight, audio_codes)
             layout = self.decoder_layout(lengths, device)
             audio_codes = layout.codes.unpad(audio_codes.to(device).transpose(1, 2))

@@ -118,7 +118,7 @@ def load_tokens(path: str) -> torch.Tensor:
         tokens = torch.tensor(json.loads(Path(path).read_text(encoding="utf-8"))["quantized_tokens"])
     except (ValueError, KeyError, TypeError, RuntimeError) as error:  # RuntimeError: a number beyond int64
         raise ValueError(f"{path}: no token file ({error}); accepted: {{'quantized_tokens': [[...], ...]}}") from error
-    if tokens.ndim != 2 or not tokens.numel() or tokens.is_floating_point():
+    if tokens.ndim != 2 or not tokens.numel() or tokens.is_floating_point() or tokens.dtype == torch.bool:
         raise ValueError(f"{path}: quantized_tokens have shape {tuple(tokens.shape)}; accepted: (frames, codebooks)")
     return tokens
 

@@ -10,7 +10,12 @@ from transformers.utils import logging
 
 from . import kernels
 from .graphs import GraphRunner
-from .modeling_mimo_audio_tokenizer import MiMoAudioTokenizerLayer, MiMoAudioTokenizerModel, MiMoAudioTokenizerStack
+from .modeling_mimo_audio_tokenizer import (
+    ATTENTION_BACKENDS,
+    MiMoAudioTokenizerLayer,
+    MiMoAudioTokenizerModel,
+    MiMoAudioTokenizerStack,
+)
 
 
 logger = logging.get_logger(__name__)
@@ -21,22 +26,24 @@ def optimize_for_inference(
 ) -> MiMoAudioTokenizerModel:
     """Make a model as fast as its device allows, for inference alone.
 
-    The model is changed in place and frozen: it must not be moved, cast or trained afterwards. Its results are those
-    of another order of the same sums: codes agree with the plain path's as those of two attention backends agree.
+    The model is changed in place and frozen. Its results are those of another order of the same sums: codes agree with
+    the plain path's as those of two attention backends agree. Moving or casting it, `load_state_dict` and
+    `set_attn_implementation` take back everything but the freezing; hooks that are added later may not be called.
 
     In half precision on an NVIDIA GPU, where the attention backend is `"triton_varlen"`, the projections to queries,
     keys and values become one product (in memory; `state_dict` and saved files keep their names), and the codebooks
-    are searched in one product and one kernel. On any NVIDIA GPU, calls of up to seven minutes of audio are run as
-    CUDA graphs: `encode` and `decode` on padded tensors, [`encode_waveforms`] and [`decode_codes`]. A graph is
-    recorded when a size comes the second time, which takes a few tenths of a second. Elsewhere nothing but freezing
-    is to be done.
+    are searched in one product and one kernel, which takes 76 MB at the released size. With the backends made for
+    packed clips (`"triton_varlen"`, `"torch_varlen"`, `"flash_attention_2"`), calls of up to a minute of audio are run
+    as CUDA graphs: `encode` and `decode` on padded tensors, [`encode_waveforms`], [`decode_codes`] and streaming. A
+    graph is recorded when a size, rounded up to a quarter of an octave, comes the second time, which takes a few
+    tenths of a second. Elsewhere nothing but freezing is to be done.
 
     Args:
         model: on the device and in the dtype that it is to have.
-        cuda_graphs: whether to record CUDA graphs; by default where that is possible.
+        cuda_graphs: whether to record CUDA graphs; by default where that gains something.
 
     Returns:
-        The model itself.
+        The model itself. A model that was optimized stays as it is, but for graphs that are not wanted any more.
 
     Raises:
         ValueError: `cuda_graphs=True` for a model that is not on one NVIDIA GPU.
@@ -48,9 +55,14 @@ def optimize_for_inference(
         raise ValueError(
             f"cuda_graphs=True for a model on {', '.join(map(str, devices))}; accepted: one NVIDIA GPU for all of it"
         )
-    if can_record and model.attn_implementation == "triton_varlen":
+    if can_record and model.attn_implementation == "triton_varlen" and model.encoder.quantizer.search is None:
         _join(model)
-    if can_record and cuda_graphs is not False:
+    if cuda_graphs is None:
+        # Other backends take dense masks, which grow with the filler.
+        cuda_graphs = can_record and ATTENTION_BACKENDS[model.attn_implementation].make_mask is None
+    if not cuda_graphs:
+        model.graphs = None
+    elif model.graphs is None:
         model.graphs = GraphRunner(model)
     logger.info(
         f"attention: {model.attn_implementation}; CUDA graphs: {'no' if model.graphs is None else 'yes'}; codebooks: "

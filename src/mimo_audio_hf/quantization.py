@@ -65,7 +65,8 @@ class QuantizedLinear(nn.Module):
         return cls(weight, scale.t().contiguous(), None if linear.bias is None else linear.bias.detach())
 
     def forward(self, states: torch.Tensor) -> torch.Tensor:
-        """(frames, in_features) to (frames, out_features), in the states' dtype."""
+        """(frames, in_features) to (frames, out_features), in the states' dtype; without a gradient."""
+        require_no_gradient(states)
         return self.product(round_rows(states, self.weight.dtype), states.dtype)
 
     def product(self, states: RoundedRows, dtype: torch.dtype) -> torch.Tensor:
@@ -77,6 +78,12 @@ class QuantizedLinear(nn.Module):
         return torch._scaled_mm(
             rows, self.weight.t(), scale, self.scale, self.bias, out_dtype=dtype, use_fast_accum=True
         )
+
+
+def require_no_gradient(states: torch.Tensor) -> None:
+    """Raises ValueError where a gradient of these states is wanted: rounding has none."""
+    if torch.is_grad_enabled() and states.requires_grad:
+        raise ValueError("a quantized model has no gradients; accepted: the model that it was made of")
 
 
 def quantization_of(model: MiMoAudioTokenizerModel) -> str | None:
@@ -99,7 +106,9 @@ def check_quantization(quantization: str, device: torch.device) -> None:
 
 
 def quantize(model: MiMoAudioTokenizerModel, quantization: str) -> MiMoAudioTokenizerModel:
-    """Rounds the transformer layers' weights to 8 bits, in place. It cannot be undone, and the model not be saved.
+    """Rounds the transformer layers' weights to 8 bits, in place, and freezes the model.
+
+    It cannot be undone, and the model not be saved.
 
     Args:
         model: in evaluation mode, on the device where it is to run; for `"fp8"` in bfloat16.
@@ -109,6 +118,8 @@ def quantize(model: MiMoAudioTokenizerModel, quantization: str) -> MiMoAudioToke
         ValueError: the device cannot do it.
     """
     check_quantization(quantization, model.device)
+    model.drop_optimizations()
+    model.freeze()
     for part_name, part in model.named_modules():
         if isinstance(part, (MiMoAudioTokenizerLayer, MiMoAudioTokenizerAttention)):
             for name, linear in list(part.named_children()):
