@@ -281,9 +281,12 @@ def test_calls_of_the_sizes_that_graphs_have_give_the_same(base, way):
     chunks = [random_chunks(random_codes(base, 50 + 9 * seed, seed), 12, seed) for seed in range(6)]
     separate = [stream(StreamingDecoder(base, **options), each) for each in chunks]
     for seed in range(3):
-        interleaved = interleave(StreamingDecoderPool(model, **options), chunks, seed, with_last=way != "upstream")
+        pool = StreamingDecoderPool(model, **options)
+        interleaved = interleave(pool, chunks, seed, with_last=way != "upstream")
         for audio, expected in zip(interleaved, separate, strict=True):
             assert_equal_audio(audio, expected)
+        # (What runs again runs as any call of the model.)
+        assert pool._cache is None or pool._cache._programs
 
 
 @pytest.mark.gpu
