@@ -13,6 +13,7 @@ import huggingface_hub.utils
 import torch
 import transformers
 
+from .commands.demo import add_demo
 from .commands.evaluate import add_evaluate
 from .commands.files import add_decode, add_encode, add_roundtrip
 from .commands.hub import add_hub
@@ -34,6 +35,7 @@ COMMANDS: tuple[Callable[[Subparsers], object], ...] = (
     add_evaluate,
     add_hub,
     add_train,
+    add_demo,
 )
 
 
