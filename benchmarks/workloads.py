@@ -41,9 +41,11 @@ def random_features(
     return features * mask[:, None], mask.long()
 
 
-def random_model(config: MiMoAudioTokenizerConfig, dtype: torch.dtype, seed: int = 0) -> MiMoAudioTokenizerModel:
+def random_model(
+    config: MiMoAudioTokenizerConfig, dtype: torch.dtype, seed: int = 0, device: str = "cuda"
+) -> MiMoAudioTokenizerModel:
     torch.manual_seed(seed)
-    with torch.device("cuda"):
+    with torch.device(device):
         return MiMoAudioTokenizerModel(config).to(dtype).eval()
 
 
@@ -107,9 +109,9 @@ def measured_ceiling(size: int = 8192, device: str = "cuda", dtype: torch.dtype 
 
 def report(name: str, results: dict[str, Any], output: Path | None, device: str | None = None) -> None:
     """Prints the results as JSON and writes them beside what they were measured on, by default the GPU."""
-    # The place in this repository, wherever the file was written first.
+    # The place in this repository, wherever the file was written first; of other files the name alone.
     renamed = {str(output): f"benchmarks/results/{output.name}"} if output else {}
-    arguments = [renamed.get(word, word) for word in sys.argv]
+    arguments = [renamed.get(word, Path(word).name if Path(word).is_absolute() else word) for word in sys.argv]
     processes = os.environ.get("WORLD_SIZE")
     launcher = f"torchrun --nproc_per_node={processes}" if processes else "python"
     document = {

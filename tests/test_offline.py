@@ -12,7 +12,7 @@ import soundfile
 import torch
 
 from mimo_audio_hf import decode_codes, encode_waveforms, load_audio
-from mimo_audio_hf.offline import load_tokens, main
+from mimo_audio_hf.offline import load_tokens, main, save_tokens
 
 
 @pytest.fixture
@@ -75,6 +75,15 @@ def test_three_tasks_under_torchrun(tmp_path, tiny_checkpoint, tiny_model, lines
         Path(line["reconstructed_wav"]).unlink()
     launch("wav2token2wav")
     check(lines, tiny_model, tokens=True, audio=True)
+
+
+def test_token_files_are_as_json_writes_them(tmp_path):
+    generator = torch.Generator().manual_seed(0)
+    info = {"key": "é", "timing_stats": {"batch_size": 2}}
+    for codes in (torch.zeros(1, 1), torch.randint(0, 1024, (30, 20), generator=generator)):
+        save_tokens(str(tmp_path / "tokens.json"), codes.long(), info)
+        expected = json.dumps({"quantized_tokens": codes.long().tolist(), "info": info}, ensure_ascii=False, indent=4)
+        assert (tmp_path / "tokens.json").read_text(encoding="utf-8") == expected
 
 
 def test_bad_clips_are_named_and_the_others_finished(tmp_path, tiny_checkpoint, tiny_model, lines, capfd):

@@ -12,15 +12,18 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import os
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import timedelta
+from functools import lru_cache
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import transformers
@@ -35,6 +38,7 @@ from .files import replacing
 from .inference import check_codes, convert_each, decode_codes, encode_waveforms
 from .jobs import lost_processes_named
 from .optimization import optimize_for_inference
+from .quantization import QUANTIZATIONS
 
 
 # What a line of the list has to name: what is read and what is written.
@@ -44,6 +48,9 @@ TASKS: dict[str, tuple[str, tuple[str, ...]]] = {
     "wav2token2wav": ("wav", ("quantized_tokens", "reconstructed_wav")),
 }
 
+
+Item = TypeVar("Item")
+Result = TypeVar("Result")
 
 _PROCESS_GROUP: dict[str, Any] = {"timeout": timedelta(days=30)} if "RANK" in os.environ else {}
 
@@ -55,6 +62,28 @@ class Clip:
     info: dict[str, Any]
     data: torch.Tensor | None = None
     error: str | None = None
+
+
+@dataclass(frozen=True)
+class _Read:
+    """Clips on their way from the process that read them, as one tensor: each would take several system calls."""
+
+    clips: list[Clip]  # without their data
+    shapes: list[tuple[int, ...] | None]
+    data: torch.Tensor
+
+    @classmethod
+    def of(cls, clips: list[Clip]) -> _Read:
+        data = [clip.data.flatten() for clip in clips if clip.data is not None]
+        shapes = [None if clip.data is None else tuple(clip.data.shape) for clip in clips]
+        return cls([replace(clip, data=None) for clip in clips], shapes, torch.cat(data) if data else torch.empty(0))
+
+    def unpacked(self) -> list[Clip]:
+        parts = iter(self.data.split([math.prod(shape) for shape in self.shapes if shape is not None]))
+        return [
+            clip if shape is None else replace(clip, data=next(parts).view(shape))
+            for clip, shape in zip(self.clips, self.shapes, strict=True)
+        ]
 
 
 class _Clips(Dataset[Clip]):
@@ -95,10 +124,19 @@ def load_tokens(path: str) -> torch.Tensor:
 
 
 def save_tokens(path: str, codes: torch.Tensor, info: dict[str, Any]) -> None:
-    """Write codes (frames, codebooks) as upstream does."""
+    """Write codes (frames, codebooks) as upstream does: indented by four spaces, a line for each number."""
+    # As json.dumps writes them, which would hold up the other threads five times as long.
+    number = _numbers(int(codes.max()).bit_length()).__getitem__
+    frames = ["        [\n" + ",\n".join(map(number, frame)) + "\n        ]" for frame in codes.tolist()]
+    rest = json.dumps({"info": info}, ensure_ascii=False, indent=4).removeprefix("{")
     with replacing(Path(path)) as temporary:
-        document = {"quantized_tokens": codes.tolist(), "info": info}
-        temporary.write_text(json.dumps(document, ensure_ascii=False, indent=4), encoding="utf-8")
+        temporary.write_text('{\n    "quantized_tokens": [\n' + ",\n".join(frames) + "\n    ]," + rest, "utf-8")
+
+
+@lru_cache
+def _numbers(bits: int) -> list[str]:
+    """The lines of all numbers of so many bits."""
+    return [f"            {number}" for number in range(1 << bits)]
 
 
 def read_list(path: str | Path, task: str) -> tuple[list[dict[str, Any]], list[str]]:
@@ -149,7 +187,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--seed", type=int, default=1986, help="accepted for upstream's sake: nothing here is random")
     parser.add_argument("--num_quantizers", type=int, default=None, help="codebooks to use, from the first")
     parser.add_argument("--task", choices=list(TASKS), default="wav2token", help="what to do (default: %(default)s)")
-    parser.add_argument("--dtype", choices=["float32", "bfloat16", "float16"], help="bfloat16 on CUDA, else float32")
+    parser.add_argument(
+        "--dtype",
+        choices=["float32", "bfloat16", "float16", *QUANTIZATIONS],
+        help="of the weights (default: bfloat16 on CUDA, else float32); int8 on CPUs and fp8 on GPUs are less exact",
+    )
     args = parser.parse_args(argv)
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
@@ -174,7 +216,7 @@ def run(args: argparse.Namespace) -> int:
     source, targets = TASKS[args.task]
 
     device = state.device
-    dtype = getattr(torch, args.dtype) if args.dtype else torch.bfloat16 if device.type == "cuda" else torch.float32
+    dtype = args.dtype or ("bfloat16" if device.type == "cuda" else "float32")
     model = optimize_for_inference(load_model(args.model_path, device=device, dtype=dtype))
     sampling_rate = model.config.sampling_rate
     model.check_num_quantizers(args.num_quantizers)
@@ -196,6 +238,14 @@ def run(args: argparse.Namespace) -> int:
             return [(clip_codes, None) for clip_codes in codes]
         return list(zip(codes, decode_codes(model, codes), strict=True))
 
+    def run_model(clips: list[Clip]) -> tuple[list[Clip], list[Any], dict[str, Any]]:
+        """Clips, the results or errors of those that could be read, and what is told of the batch."""
+        clips = [check(clip) for clip in clips]
+        data = [clip.data for clip in clips if clip.data is not None]
+        begun = time.perf_counter()
+        results = convert_each(convert, data)
+        return clips, results, {"batch_size": len(data), "model_inference_time": time.perf_counter() - begun}
+
     def save(info: dict[str, Any], codes: torch.Tensor, waveform: torch.Tensor | None) -> None:
         if "quantized_tokens" in targets:
             save_tokens(info["quantized_tokens"], codes, info)
@@ -208,17 +258,15 @@ def run(args: argparse.Namespace) -> int:
     saving: list[tuple[str, Future[None]]] = []
     with (
         ThreadPoolExecutor(max_workers=min(8, args.batch_size)) as writer,
+        # Two batches at a time: one is made ready, or its results are taken, while a GPU is busy with the other.
+        _converter(device) as converter,
         tqdm(total=len(mine), unit="clip", disable=None if state.is_main_process else True) as bar,
     ):
         # Clips that fail are set aside: a process that stopped here would leave the others waiting for it below.
-        for read in _batches(mine, source, sampling_rate, args):
-            batch = [check(clip) for clip in read]
-            failures += [f"{clip.info['key']}: {clip.error}" for clip in batch if clip.error is not None]
-            good = [(clip.info, clip.data) for clip in batch if clip.data is not None]
-            begun = time.perf_counter()
-            results = convert_each(convert, [data for _, data in good])
-            timing = {"batch_size": len(good), "model_inference_time": time.perf_counter() - begun}
-            for (info, _), result in zip(good, results, strict=True):
+        for clips, results, timing in _in_turn(converter, run_model, _batches(mine, source, sampling_rate, args)):
+            failures += [f"{clip.info['key']}: {clip.error}" for clip in clips if clip.error is not None]
+            infos = [clip.info for clip in clips if clip.data is not None]
+            for info, result in zip(infos, results, strict=True):
                 if isinstance(result, Exception):
                     failures.append(f"{info['key']}: {' '.join(str(result).split())}")
                     continue
@@ -226,7 +274,7 @@ def run(args: argparse.Namespace) -> int:
                 described = info | {"timing_stats": timing} if source == "wav" else info
                 saving.append((info["key"], writer.submit(save, described, clip_codes, waveform)))
                 seconds += len(clip_codes) * model.config.samples_per_frame / sampling_rate
-            bar.update(len(batch))
+            bar.update(len(clips))
             bar.set_postfix_str(f"{seconds / (time.perf_counter() - started):.0f} s of audio/s")
     failures += [f"{key}: {error}" for key, future in saving if (error := future.exception()) is not None]
 
@@ -245,17 +293,36 @@ def run(args: argparse.Namespace) -> int:
     return failed
 
 
+def _converter(device: torch.device) -> ThreadPoolExecutor:
+    if device.type != "cuda":
+        return ThreadPoolExecutor(max_workers=1)
+    return ThreadPoolExecutor(max_workers=2, initializer=torch.cuda.set_device, initargs=(device,))
+
+
+def _in_turn(
+    executor: ThreadPoolExecutor, function: Callable[[Item], Result], items: Iterator[Item]
+) -> Iterator[Result]:
+    """The results in order; at most three items are under way, so that memory is bounded."""
+    running: deque[Future[Result]] = deque()
+    for item in items:
+        running.append(executor.submit(function, item))
+        if len(running) > 2:
+            yield running.popleft().result()
+    while running:
+        yield running.popleft().result()
+
+
 def _batches(
     lines: Sequence[dict[str, Any]], source: str, sampling_rate: int, args: argparse.Namespace
 ) -> Iterator[list[Clip]]:
-    loader: DataLoader[Clip] = DataLoader(
+    loader: DataLoader[Any] = DataLoader(
         _Clips(lines, source, sampling_rate),
         batch_size=args.batch_size,
         num_workers=args.num_workers,
         prefetch_factor=args.prefetch if args.num_workers else None,
-        collate_fn=list,
+        collate_fn=_Read.of,
     )
-    return iter(loader)
+    return (read.unpacked() for read in loader)
 
 
 if __name__ == "__main__":
