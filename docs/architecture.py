@@ -141,9 +141,12 @@ def draw(modules: Graph) -> str:
         y += height + gap
     arrow = f"M 20 {gap} V {y - gap - 8} m -6 -8 l 6 10 l 6 -10"
     style = (
-        "text { font-family: sans-serif; font-size: 13px; fill: #1f2937 } .title { font-weight: bold; font-size: 15px } "
-        ".modules { font-family: monospace; font-size: 12px } .uses { fill: #4f46e5 } "
-        ".box { fill: #eef2ff; stroke: #818cf8 } .arrow { fill: none; stroke: #6b7280; stroke-width: 2 }"
+        "text { font-family: sans-serif; font-size: 13px; fill: #1f2937 } "
+        ".title { font-weight: bold; font-size: 15px } "
+        ".modules { font-family: monospace; font-size: 12px } "
+        ".uses { fill: #4f46e5 } "
+        ".box { fill: #eef2ff; stroke: #818cf8 } "
+        ".arrow { fill: none; stroke: #6b7280; stroke-width: 2 }"
     )
     return "\n".join(
         [

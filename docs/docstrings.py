@@ -1,5 +1,5 @@
 # Copyright 2026 The mimo-audio-hf authors. Licensed under the Apache License, Version 2.0.
-"""Docstrings as the site wants them: names in brackets become links, and parameters that are told together stand apart."""
+"""Docstrings as the site wants them: names in brackets as links, each parameter by itself."""
 
 from __future__ import annotations
 

@@ -95,7 +95,9 @@ def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Fil
         linked = _linked(source, match[2])
         if linked is None or (linked.startswith("docs/") and source.startswith("docs/")):
             return match[0]
-        target = pages.get(linked) or (linked.removeprefix("docs/") if linked.startswith("docs/") else _copy_of(linked))
+        target = pages.get(linked) or (
+            linked.removeprefix("docs/") if linked.startswith("docs/") else _copy_of(linked)
+        )
         anchor = match[2][match[2].find("#") :] if "#" in match[2] else ""
         return match[1] + posixpath.relpath(target, posixpath.dirname(page.file.src_uri) or ".") + anchor + match[3]
 
@@ -103,7 +105,9 @@ def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Fil
 
 
 def _pages() -> dict[str, str]:
-    notebooks = {f"notebooks/{path.name}": f"notebooks/{path.stem}.md" for path in (ROOT / "notebooks").glob("*.ipynb")}
+    notebooks = {
+        f"notebooks/{path.name}": f"notebooks/{path.stem}.md" for path in (ROOT / "notebooks").glob("*.ipynb")
+    }
     return {source: target for source, target in {**PAGES, **notebooks}.items() if (ROOT / source).is_file()}
 
 
