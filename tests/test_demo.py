@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
 import json
 import os
@@ -163,42 +164,46 @@ def test_metadata_of_the_space():
 # --- In a browser ---
 
 
-@pytest.fixture
-def serve(tmp_path) -> Iterator[Callable[..., str]]:
-    """Starts a program that serves a page, waits until it does, and gives the page's address."""
-    processes = []
-
-    def start(*command: str, cwd: Path) -> str:
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            port = free.getsockname()[1]
-        environment = os.environ | {
-            "GRADIO_SERVER_PORT": str(port),
-            "GRADIO_TEMP_DIR": str(tmp_path / "served"),
-            "HF_HUB_OFFLINE": "1",
-            "OMP_NUM_THREADS": "1",
-            "PYTHONPATH": str(ROOT / "src"),
-        }
-        log = tmp_path / "server.log"
-        with log.open("w") as output:
-            processes.append(
-                subprocess.Popen([sys.executable, *command], cwd=cwd, env=environment, stdout=output, stderr=output)
-            )
-        address = f"http://127.0.0.1:{port}/"
+@contextlib.contextmanager
+def served(folder: Path, *command: str, cwd: Path) -> Iterator[str]:
+    """Runs a Python program that serves a page; gives the page's address once it is there."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    environment = os.environ | {
+        "GRADIO_SERVER_PORT": str(port),
+        "GRADIO_TEMP_DIR": str(folder / "served"),
+        "HF_HUB_OFFLINE": "1",
+        "OMP_NUM_THREADS": "1",
+        "PYTHONPATH": str(ROOT / "src"),
+    }
+    log = folder / "server.log"
+    with log.open("w") as output:
+        process = subprocess.Popen([sys.executable, *command], cwd=cwd, env=environment, stdout=output, stderr=output)
+    address = f"http://127.0.0.1:{port}/"
+    try:
         deadline = time.monotonic() + 120
-        while time.monotonic() < deadline and processes[-1].poll() is None:
+        while True:
             try:
                 urllib.request.urlopen(address).close()
-                return address
+                break
             except OSError:
+                assert process.poll() is None and time.monotonic() < deadline, log.read_text()
                 time.sleep(0.2)
-        raise AssertionError(log.read_text())
-
-    yield start
-    for process in processes:
+        yield address
+    finally:
         process.terminate()
         process.wait()
-    assert "Traceback" not in (tmp_path / "server.log").read_text()
+    assert "Traceback" not in log.read_text()
+
+
+@pytest.fixture(scope="module")
+def address(tmp_path_factory) -> Iterator[str]:
+    """Of the page that the command serves."""
+    folder = tmp_path_factory.mktemp("demo")
+    options = ["--model", "tiny", "--device", "cpu", "--max-seconds", "10"]
+    with served(folder, "-m", "mimo_audio_hf.cli", "demo", *options, cwd=folder) as address:
+        yield address
 
 
 class Page:
@@ -223,8 +228,17 @@ class Page:
     def upload(self, path: Path) -> None:
         self.driver.find_element("css selector", "#recording input[type=file]").send_keys(str(path))
 
+    def click(self, selector: str) -> None:
+        """Something of the recorder."""
+
+        def click() -> bool:
+            self.driver.find_element("css selector", f"#recording {selector}").click()
+            return True
+
+        self.wait_for(click)
+
     def clear(self) -> None:
-        self.driver.find_element("css selector", "#recording button[aria-label=Clear]").click()
+        self.click("button[aria-label=Clear]")
 
     def choose(self, codebooks: int) -> None:
         """Move the slider with the keyboard."""
@@ -270,6 +284,8 @@ def page(tmp_path) -> Iterator[Page]:
         "disable-background-networking",
         "disable-component-update",
         "disable-sync",
+        "use-fake-device-for-media-stream",  # a microphone that beeps
+        "use-fake-ui-for-media-stream",  # and a visitor who allows it
         "window-size=1280,1400",
         f"user-data-dir={tmp_path / 'profile'}",
     ):
@@ -294,10 +310,7 @@ def is_heard(heard: torch.Tensor, expected: torch.Tensor) -> bool:
 
 @needs_gradio
 @needs_browser
-def test_page_in_a_browser(model, serve, page, tmp_path):
-    address = serve(
-        "-m", "mimo_audio_hf.cli", "demo", "--model", "tiny", "--device", "cpu", "--max-seconds", "10", cwd=tmp_path
-    )
+def test_page_in_a_browser(model, address, page, tmp_path):
     page.open(address)
     assert page.message.startswith("Choose a file") and page.address_of_decoded() is None
 
@@ -340,10 +353,22 @@ def test_page_in_a_browser(model, serve, page, tmp_path):
 
 @needs_gradio
 @needs_browser
-def test_space_in_a_browser(model, serve, page):
-    """It opens with its example, decoded."""
-    address = serve("app.py", cwd=SPACE)
+def test_recording_in_a_browser(address, page):
     page.open(address)
+    page.click("button[aria-label='Record audio']")
+    page.click("button.record-button")
+    time.sleep(1)
+    page.click("button.stop-button")
     page.wait_for(lambda: "1.55 kbit/s" in page.message and page.address_of_decoded())
-    assert is_heard(page.audio(), decoded_from(model, 8))
-    assert page.hosts() == {urllib.parse.urlparse(address).netloc}
+    assert 0.5 < len(page.audio()) / 24000 < 10
+
+
+@needs_gradio
+@needs_browser
+def test_space_in_a_browser(model, page, tmp_path):
+    """It opens with its example, decoded."""
+    with served(tmp_path, "app.py", cwd=SPACE) as address:
+        page.open(address)
+        page.wait_for(lambda: "1.55 kbit/s" in page.message and page.address_of_decoded())
+        assert is_heard(page.audio(), decoded_from(model, 8))
+        assert page.hosts() == {urllib.parse.urlparse(address).netloc}

@@ -62,7 +62,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def make_parser() -> argparse.ArgumentParser:
     """The parser of all commands. What it parses has the function to call as `run`."""
-    parser = _Parser(prog="mimo-audio", description="MiMo-Audio tokenizer: audio to codes and back.")
+    parser: argparse.ArgumentParser = _Parser(
+        prog="mimo-audio", description="MiMo-Audio tokenizer: audio to codes and back."
+    )
     parser.add_argument("--version", action="version", version=f"%(prog)s {__version__}")
     subparsers = parser.add_subparsers(required=True, metavar="COMMAND")
     for add_command in COMMANDS:

@@ -44,7 +44,8 @@ MAX_SECONDS = 60.0
 MAX_FILE_SIZE = "50mb"
 
 _CODEBOOKS_AT_FIRST = 8
-_FORGET_AFTER = 3600  # seconds until files of earlier visitors are deleted
+_FORGET_AFTER = 3600  # seconds until clips and files of earlier visitors are deleted
+_MAX_VISITORS = 200  # whose clips are kept: 6 MB each, if they are as long as they may be
 _EMPTY = "Choose a file or record something: what comes back appears here."
 # Of the system, so that none is fetched.
 _FONTS = {"font": ["system-ui", "sans-serif"], "font_mono": ["ui-monospace", "monospace"]}
@@ -193,7 +194,7 @@ def build_page(demo: Demo, examples: Sequence[str | os.PathLike[str]] = ()) -> g
             f"# MiMo-Audio tokenizer\nSpeech to {books} codebooks at {config.frame_rate:g} frames a second, and back. "
             f"Model: `{config.name_or_path}`. How few codebooks still sound right?"
         )
-        clip = gr.State(None)
+        clip = gr.State(None, time_to_live=_FORGET_AFTER)
         player: dict[str, Any] = {
             "type": "filepath",
             "buttons": ["download"],
@@ -253,6 +254,7 @@ def serve(demo: Demo, examples: Sequence[str | os.PathLike[str]] = (), **options
         css=_CSS,
         footer_links=[],
         max_file_size=MAX_FILE_SIZE,
+        state_session_capacity=_MAX_VISITORS,
         allowed_paths=[os.path.abspath(path) for path in examples],
         **options,
     )
