@@ -18,6 +18,7 @@ from mimo_audio_hf.inference import (
     encode_waveforms,
     group_by_seconds,
 )
+from mimo_audio_hf.streaming import StreamingDecoder
 
 
 # Samples: odd and even numbers of frames, one too short for the STFT's padding, and no order.
@@ -122,6 +123,45 @@ def test_long_audio_is_encoded_in_pieces_of_a_minute(tiny_model, monkeypatch):
             pieces = [tiny_model.encode(piece[None]).audio_codes[0].t() for piece in mel.split(60, dim=1)]
             (codes,) = encode_waveforms(tiny_model, [waveform])
             assert torch.equal(codes, torch.cat(pieces))
+
+
+def test_pieces_of_long_audio_may_overlap(tiny_model, monkeypatch):
+    monkeypatch.setattr("mimo_audio_hf.inference.MAX_PIECE_FRAMES", 60)
+    waveform = torch.randn(60_000, generator=torch.Generator().manual_seed(1)) * 0.1
+    extractor = MiMoAudioTokenizerFeatureExtractor.from_config(tiny_model.config)
+    whole = tiny_model.encode(**extractor(waveform, sampling_rate=24000)).audio_codes[0].t()
+    (apart,) = encode_waveforms(tiny_model, [waveform])
+    # Pieces that see everything give the codes of the whole.
+    (seeing,) = encode_waveforms(tiny_model, [waveform], overlap_seconds=3)
+    assert torch.equal(seeing, whole)
+    (overlapping,) = encode_waveforms(tiny_model, [waveform], overlap_seconds=0.4)
+    assert overlapping.shape == whole.shape
+    agreement = [(codes == whole).float().mean() for codes in (apart, overlapping)]
+    assert agreement[0] < agreement[1] < 1
+    for overlap_seconds in (-1, math.nan, math.inf):
+        with pytest.raises(ValueError, match=f"overlap_seconds={overlap_seconds}; accepted: 0 or more"):
+            encode_waveforms(tiny_model, [waveform], overlap_seconds=overlap_seconds)
+
+
+@pytest.mark.parametrize("batched", [False, True])
+def test_long_codes_are_decoded_as_by_upstreams_streaming_decoder(tiny_model, monkeypatch, batched):
+    if batched:
+        monkeypatch.setattr("mimo_audio_hf.inference._gains_from_batches", lambda device: True)
+    constants = {"MAX_WHOLE_FRAMES": 50, "PIECE_CHUNK": 20, "PIECE_LEFT_CONTEXT": 10, "PIECE_RIGHT_CONTEXT": 4}
+    for name, value in constants.items():
+        monkeypatch.setattr(f"mimo_audio_hf.inference.{name}", value)
+    generator = torch.Generator().manual_seed(3)
+    clips = [torch.randint(128, (frames, 5), generator=generator) for frames in (51, 50, 60, 61, 63, 64, 65, 7)]
+    for clip, waveform in zip(clips, decode_codes(tiny_model, clips), strict=True):
+        if len(clip) <= 50:
+            expected = tiny_model.decode(clip.t()[None]).audio_values[0, 0]
+        else:
+            decoder = StreamingDecoder(tiny_model, left_context=10, right_context=4, crossfade_samples=240)
+            chunks = clip.split(20)
+            pieces = [decoder.push(chunk, last=chunk is chunks[-1]) for chunk in chunks]
+            expected = torch.cat(pieces)
+        assert len(waveform) == 960 * len(clip)
+        torch.testing.assert_close(waveform, expected, rtol=0, atol=1e-5)
 
 
 class Memory:

@@ -16,6 +16,7 @@ from .feature_extraction_mimo_audio_tokenizer import MiMoAudioTokenizerFeatureEx
 from .inference import decode_codes, encode_waveforms
 from .modeling_mimo_audio_tokenizer import MiMoAudioTokenizerModel
 from .optimization import optimize_for_inference
+from .streaming import StreamingDecoder, StreamingDecoderPool, StreamingEncoder
 from .version import __version__
 
 
@@ -29,6 +30,9 @@ __all__ = [
     "MiMoAudioTokenizerConfig",
     "MiMoAudioTokenizerFeatureExtractor",
     "MiMoAudioTokenizerModel",
+    "StreamingDecoder",
+    "StreamingDecoderPool",
+    "StreamingEncoder",
     "__version__",
     "decode_codes",
     "detokenize_audio",

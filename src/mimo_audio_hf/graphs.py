@@ -13,7 +13,7 @@ from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import cast
+from typing import Any, TypeVar, cast
 
 import numpy as np
 import torch
@@ -43,6 +43,7 @@ SMALLEST_BUCKET_SECONDS = 0.32
 
 
 Outputs = tuple[torch.Tensor, torch.Tensor]
+Result = TypeVar("Result")
 
 
 @dataclass(frozen=True)
@@ -61,6 +62,36 @@ class _Program:
     inputs: torch.Tensor
     lengths: torch.Tensor
     run: Callable[[], Outputs]
+
+
+def record_graph(
+    body: Callable[[], Result], device: torch.device, pool: Any, stream: torch.cuda.Stream
+) -> tuple[Result, Callable[[], Result]]:
+    """Runs a computation and records it.
+
+    Args:
+        body: only queues work on the device, on the same tensors each time.
+        device: a CUDA device.
+        pool: of memory, shared with other graphs of which one is run after the other.
+        stream: to record in.
+
+    Returns:
+        What the run gave, and what runs it again; the results of that are overwritten by the next one.
+    """
+    stream.wait_stream(torch.cuda.current_stream(device))
+    with torch.cuda.device(device), torch.cuda.stream(stream):
+        first = body()  # kernels are built and libraries set up before anything is recorded
+        graph = torch.cuda.CUDAGraph()
+        # Other threads may go on to use the GPU.
+        with torch.cuda.graph(graph, pool, stream, capture_error_mode="thread_local"):
+            outputs = body()
+    torch.cuda.current_stream(device).wait_stream(stream)
+
+    def replay() -> Result:
+        graph.replay()
+        return outputs
+
+    return first, replay
 
 
 class GraphRunner:
@@ -152,6 +183,13 @@ class GraphRunner:
         index, mask = torch.from_numpy(np.stack([index, mask])).to(packed.device, non_blocking=True)
         return gather_rows(packed, index), mask
 
+    def record(self, body: Callable[[], Result]) -> tuple[Result, Callable[[], Result]]:
+        """[`record_graph`] with this runner's memory, or without recording where it does not."""
+        if self._stream is None:
+            return body(), body
+        with self._lock:
+            return record_graph(body, self._device, self._pool, self._stream)
+
     @property
     def _mel_frames_per_code(self) -> int:
         return self._model.config.samples_per_frame // self._model.config.hop_length
@@ -218,19 +256,7 @@ class GraphRunner:
             return _Program(inputs, lengths, body)
         self.recorded += 1
         assert self._stream is not None
-        self._stream.wait_stream(torch.cuda.current_stream(device))
-        with torch.cuda.device(device), torch.cuda.stream(self._stream):
-            body()  # kernels are built and libraries set up before anything is recorded
-            graph = torch.cuda.CUDAGraph()
-            # Other threads may go on to use the GPU.
-            with torch.cuda.graph(graph, self._pool, self._stream, capture_error_mode="thread_local"):
-                outputs = body()
-        torch.cuda.current_stream(device).wait_stream(self._stream)
-
-        def replay() -> Outputs:
-            graph.replay()
-            return outputs
-
+        _, replay = record_graph(body, device, self._pool, self._stream)
         return _Program(inputs, lengths, replay)
 
     def _encode(self, shape: _Shape, inputs: torch.Tensor, lengths: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

@@ -9,14 +9,15 @@ from __future__ import annotations
 
 import itertools
 import logging
+import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import numpy as np
 import torch
 
-from .audio import as_tensor
+from .audio import as_tensor, is_finite
 from .feature_extraction_mimo_audio_tokenizer import MiMoAudioTokenizerFeatureExtractor
 from .modeling_mimo_audio_tokenizer import MiMoAudioTokenizerModel, check_code_range
 
@@ -35,12 +36,22 @@ MAX_BATCH_SECONDS = 240.0
 # Longer audio is encoded in pieces of this many mel frames (60 s), each on its own, as upstream does.
 MAX_PIECE_FRAMES = 6000
 
+# Codes of more than these frames (5 minutes) are decoded in pieces, as upstream's streaming decoder does with chunks
+# of 60 s and its own contexts: nothing that the model was trained on is as long, and memory stays bounded.
+MAX_WHOLE_FRAMES = 7500
+PIECE_CHUNK = 1500
+PIECE_LEFT_CONTEXT = 250
+PIECE_RIGHT_CONTEXT = 40
+# Samples (10 ms) over which one piece goes over into the next.
+PIECE_CROSSFADE = 240
+
 
 def encode_waveforms(
     model: MiMoAudioTokenizerModel,
     waveforms: Sequence[torch.Tensor | np.ndarray],
     num_quantizers: int | None = None,
     *,
+    overlap_seconds: float = 0.0,
     max_batch_seconds: float = MAX_BATCH_SECONDS,
     progress: Progress | None = None,
 ) -> list[torch.Tensor]:
@@ -52,6 +63,8 @@ def encode_waveforms(
             arrays. Of a clip of more than 60 s, pieces of 60 s of its mel spectrogram are encoded each on its own, as
             upstream does.
         num_quantizers: how many codebooks to use, from the first; all by default.
+        overlap_seconds: how far each of these pieces also sees into its neighbours, whose codes it does not give. Not
+            as upstream: codes near the pieces' ends are then nearer to those of the whole.
         max_batch_seconds: seconds of audio that run at once; fewer where a GPU's memory does not suffice. On the CPU,
             which gains nothing from batches, every clip runs alone: its codes are those of the clip alone to the bit.
         progress: called after every batch with its seconds of audio.
@@ -62,7 +75,7 @@ def encode_waveforms(
     Raises:
         ValueError: a clip (named by its index) that is no tensor or array, empty, not mono, not floating point, NaN or
             infinite, or more codebooks than the model has, found before anything is encoded; a `max_batch_seconds`
-            that is not positive.
+            that is not positive; a negative `overlap_seconds`.
         torch.OutOfMemoryError: the memory does not suffice for a single clip, or 60 s of it.
     """
     clips = [check_waveform(waveform, f"waveforms[{index}]") for index, waveform in enumerate(waveforms)]
@@ -70,6 +83,7 @@ def encode_waveforms(
         model,
         ((index, clips[index]) for index in _longest_first(clips)),
         num_quantizers,
+        overlap_seconds=overlap_seconds,
         max_batch_seconds=max_batch_seconds,
         progress=progress,
     )
@@ -88,8 +102,10 @@ def decode_codes(
     Args:
         model: the tokenizer; runs where it is, without gradients.
         codes: clips (L, Q), integers, of the first Q codebooks; Q may differ between clips. Tensors or arrays.
+            A clip of more than 5 minutes is decoded in pieces of 60 s with upstream's contexts when streaming (10 s
+            before, 1.6 s after) and crossfades of 10 ms.
         max_batch_seconds: seconds of audio that run at once, fewer where a GPU's memory does not suffice. A longer
-            clip runs alone, in one piece. On the CPU every clip runs alone.
+            clip runs alone. On the CPU every clip runs alone.
         progress: called after every batch with its seconds of audio.
 
     Returns:
@@ -158,6 +174,7 @@ def encode_stream(
     clips: Iterable[tuple[Key, torch.Tensor]],
     num_quantizers: int | None = None,
     *,
+    overlap_seconds: float = 0.0,
     max_batch_seconds: float = MAX_BATCH_SECONDS,
     progress: Progress | None = None,
 ) -> Iterator[tuple[Key, torch.Tensor | torch.OutOfMemoryError]]:
@@ -166,53 +183,62 @@ def encode_stream(
     Args:
         clips: pairs of anything that tells clips apart and a waveform as [`check_waveform`] passes it. They are taken
             as batches are filled.
-        model, num_quantizers, max_batch_seconds, progress: as in [`encode_waveforms`].
+        model, num_quantizers, overlap_seconds, max_batch_seconds, progress: as in [`encode_waveforms`].
 
     Yields:
         The same keys in the same order with the clips' codes (L, num_quantizers), int64 on the CPU, or with the error
         of those for which a GPU's memory does not suffice.
     """
     books = model.check_num_quantizers(num_quantizers)
+    if not 0 <= overlap_seconds < math.inf:
+        raise ValueError(f"overlap_seconds={overlap_seconds}; accepted: 0 or more")
     extractor = MiMoAudioTokenizerFeatureExtractor.from_config(model.config)
-    device = _device(model, model.encoder)
+    device = model_device(model, model.encoder)
+    mels_per_code = model.config.stride_size * model.config.avg_pooler
+    overlap = round(overlap_seconds * model.config.frame_rate) * mels_per_code
 
     def pieces() -> Iterator[_Piece]:
         for key, waveform in clips:
             frames = extractor.num_frames(len(waveform))
             for start in range(0, frames, MAX_PIECE_FRAMES):
                 stop = min(start + MAX_PIECE_FRAMES, frames)
-                yield _Piece(key, waveform, start, stop, is_last=stop == frames)
+                yield _Piece(key, waveform, start, stop, max(0, start - overlap), min(stop + overlap, frames), frames)
 
     def launch(batch: list[_Piece]) -> Callable[[], list[torch.Tensor]]:
-        bounds = [extractor.samples_of_frames(piece.start, piece.stop, len(piece.waveform)) for piece in batch]
-        samples = [piece.waveform[first:last].float() for piece, (first, last) in zip(batch, bounds, strict=True)]
+        bounds = [extractor.samples_of_frames(piece.first, piece.last, len(piece.data)) for piece in batch]
+        samples = [piece.data[first:last].float() for piece, (first, last) in zip(batch, bounds, strict=True)]
         packed, sizes = _to_device(samples, device), [*map(len, samples)]
         frames = [extractor.num_frames(size) for size in sizes]
-        lengths = [piece.stop - piece.start for piece in batch]
+        lengths = [piece.last - piece.first for piece in batch]
         code_lengths = model.encoder.code_lengths(lengths)
         if frames == lengths:
             return _collector(encode_packed(model, packed, sizes, books), code_lengths)
         # Sections of pieces of clips reach beyond them.
         mels = extractor.packed_log_mel_spectrogram(packed.split(sizes))
         kept = []
-        for piece, (first, _), mel in zip(batch, bounds, mels.split(frames), strict=True):
-            skipped = piece.start - first // extractor.hop_length
-            kept.append(mel[skipped : skipped + piece.stop - piece.start])
+        for length, piece, (first, _), mel in zip(lengths, batch, bounds, mels.split(frames), strict=True):
+            skipped = piece.first - first // extractor.hop_length
+            kept.append(mel[skipped : skipped + length])
         mels = torch.cat(kept)
         layout = model.encoder_layout(lengths, device)
         # This class's own: that of `compat` has other arguments.
         output = MiMoAudioTokenizerModel.encode(model, mels, num_quantizers=books, layout=layout)
         return _collector(output.audio_codes, code_lengths)
 
+    def without_overlap(piece: _Piece, codes: torch.Tensor) -> torch.Tensor:
+        length = model.encoder.code_length(piece.stop - piece.start)
+        skipped = (piece.start - piece.first) // mels_per_code
+        return codes[skipped : skipped + length]
+
     def seconds(piece: _Piece) -> float:
         start, stop = (frame * extractor.hop_length for frame in (piece.start, piece.stop))
-        return (min(stop, len(piece.waveform)) - start) / extractor.sampling_rate
+        return (min(stop, len(piece.data)) - start) / extractor.sampling_rate
 
     done: list[torch.Tensor] = []
     failure: torch.OutOfMemoryError | None = None
     for piece, result in _run_in_batches(launch, pieces(), seconds, max_batch_seconds, device, progress):
         if isinstance(result, torch.Tensor):
-            done.append(result)
+            done.append(without_overlap(piece, result) if overlap else result)
         else:
             failure = result
         if piece.is_last:
@@ -238,20 +264,69 @@ def decode_stream(
         The same keys in the same order with the clips' waveforms (samples_per_frame * L,), float32 on the CPU, or with
         the error of those for which a GPU's memory does not suffice.
     """
-    device = _device(model, model.decoder)
+    device = model_device(model, model.decoder)
     samples_per_frame = model.config.samples_per_frame
 
-    def launch(batch: list[tuple[Key, torch.Tensor]]) -> Callable[[], list[torch.Tensor]]:
-        lengths = [len(codes) for _, codes in batch]
-        samples = decode_packed(model, _to_device([codes for _, codes in batch], device), lengths)
+    def pieces(group: Iterable[tuple[Key, torch.Tensor]]) -> Iterator[_Piece]:
+        for key, codes in group:
+            if len(codes) <= MAX_WHOLE_FRAMES:
+                yield _Piece(key, codes, 0, len(codes), 0, len(codes), len(codes))
+                continue
+            for window in decoding_windows(len(codes), PIECE_CHUNK, PIECE_LEFT_CONTEXT, PIECE_RIGHT_CONTEXT):
+                yield _Piece(key, codes, *window, len(codes))
+
+    def launch(batch: list[_Piece]) -> Callable[[], list[torch.Tensor]]:
+        lengths = [piece.last - piece.first for piece in batch]
+        packed = _to_device([piece.data[piece.first : piece.last] for piece in batch], device)
+        samples = decode_packed(model, packed, lengths)
         return _collector(samples, [length * samples_per_frame for length in lengths])
 
-    def seconds(clip: tuple[Key, torch.Tensor]) -> float:
-        return len(clip[1]) * samples_per_frame / model.config.sampling_rate
+    def seconds(piece: _Piece) -> float:
+        return (piece.stop - piece.start) * samples_per_frame / model.config.sampling_rate
 
     for _, group in itertools.groupby(clips, key=lambda clip: clip[1].shape[1]):
-        for (key, _), result in _run_in_batches(launch, group, seconds, max_batch_seconds, device, progress):
-            yield key, result
+        whole: torch.Tensor | None = None
+        failure: torch.OutOfMemoryError | None = None
+        for piece, result in _run_in_batches(launch, pieces(group), seconds, max_batch_seconds, device, progress):
+            if not isinstance(result, torch.Tensor):
+                failure = result
+            elif piece.start == 0 and piece.is_last:
+                whole = result
+            else:
+                if whole is None:
+                    whole = result.new_empty(piece.total * samples_per_frame)
+                start, first = piece.start * samples_per_frame, piece.first * samples_per_frame
+                end = piece.stop * samples_per_frame + (0 if piece.is_last else PIECE_CROSSFADE)
+                samples = result[start - first : end - first]
+                if start > 0:
+                    samples[:PIECE_CROSSFADE] = crossfade(whole[start : start + PIECE_CROSSFADE], samples)
+                whole[start:end] = samples
+            if piece.is_last:
+                yield piece.key, failure or cast(torch.Tensor, whole)
+                whole, failure = None, None
+
+
+def decoding_windows(
+    frames: int, chunk_frames: int, left_context: int, right_context: int
+) -> Iterator[tuple[int, int, int, int]]:
+    """What a streaming decoder runs on that gets `frames` frames of codes in chunks, the last one shorter.
+
+    Yields:
+        The first and last frame (exclusive) of samples to keep, and those of the codes that are decoded for them.
+    """
+    emitted = 0
+    for begin in range(0, frames, chunk_frames):
+        end = min(begin + chunk_frames, frames)
+        stop = end if end == frames else end - right_context
+        if stop > emitted:
+            yield emitted, stop, max(0, begin - left_context), end
+            emitted = stop
+
+
+def crossfade(before: torch.Tensor, after: torch.Tensor) -> torch.Tensor:
+    """What goes over from `before` (samples,) to the beginning of `after`, which may go on longer."""
+    weight = torch.arange(1, len(before) + 1, device=before.device) / (len(before) + 1)
+    return torch.lerp(before, after[: len(before)], weight)
 
 
 def check_codes(model: MiMoAudioTokenizerModel, codes: Any, name: str = "codes") -> torch.Tensor:
@@ -326,20 +401,30 @@ def check_waveform(waveform: Any, name: str = "waveform") -> torch.Tensor:
         raise ValueError(f"{name} has shape {shape}; accepted: mono, (samples,), not empty")
     if not waveform.is_floating_point():
         raise ValueError(f"{name} is {waveform.dtype}; accepted: floats in [-1, 1]")
-    if not waveform.isfinite().all():
+    if not is_finite(waveform):
         raise ValueError(f"{name} holds NaN or infinite samples; accepted: finite samples")
     return waveform
 
 
 @dataclass(frozen=True)
 class _Piece:
-    """Mel frames `start` to `stop` of a clip: all of them, or as many as are encoded in one piece."""
+    """Frames of a clip that run at once, `first` to `last`, and of what they give the frames to keep, `start` to
+    `stop`: all of them, or as many of a long clip as run in one piece.
+
+    Frames are those of the mel spectrogram of a waveform, or of codes.
+    """
 
     key: Any
-    waveform: torch.Tensor
+    data: torch.Tensor
     start: int
     stop: int
-    is_last: bool
+    first: int
+    last: int
+    total: int
+
+    @property
+    def is_last(self) -> bool:
+        return self.stop == self.total
 
 
 def _run_in_batches(
@@ -447,7 +532,7 @@ def _in_order(stream: Iterable[tuple[int, torch.Tensor | torch.OutOfMemoryError]
     return [results[index] for index in range(len(results))]
 
 
-def _device(model: MiMoAudioTokenizerModel, part: torch.nn.Module | None) -> torch.device:
+def model_device(model: MiMoAudioTokenizerModel, part: torch.nn.Module | None) -> torch.device:
     """Where a part of the model runs. Weights that accelerate has offloaded are on "meta" and run where others are."""
     weights = itertools.chain(model.parameters() if part is None else part.parameters(), model.parameters())
     return next((weight.device for weight in weights if not weight.is_meta), torch.device("cpu"))

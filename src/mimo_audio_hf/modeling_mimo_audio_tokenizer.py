@@ -839,13 +839,19 @@ class MiMoAudioTokenizerEncoder(MiMoAudioTokenizerStack):
         all_hidden_states: list[torch.Tensor] | None = None,
     ) -> torch.Tensor:
         """Packed log-mel frames (total_frames, n_mels) to features (total_codes, d_model)."""
-        hidden_states = F.gelu(self.conv1(input_features, layout.conv1_index))
-        hidden_states = F.gelu(self.conv2(hidden_states, layout.conv2_index))
+        hidden_states = self.stem(input_features, layout.conv1_index, layout.conv2_index)
         hidden_states = self.run_layers(
             hidden_states, layout.frames, backend, all_hidden_states, self.config.encoder_skip_layer_id
         )
-        hidden_states = F.gelu(self.down_sample_layer[0](hidden_states, layout.pool_index))
-        return self.down_sample_norm(hidden_states)
+        return self.pool(hidden_states, layout.pool_index)
+
+    def stem(self, input_features: torch.Tensor, conv1_index: torch.Tensor, conv2_index: torch.Tensor) -> torch.Tensor:
+        """Log-mel frames to what the layers take."""
+        return F.gelu(self.conv2(F.gelu(self.conv1(input_features, conv1_index)), conv2_index))
+
+    def pool(self, hidden_states: torch.Tensor, pool_index: torch.Tensor) -> torch.Tensor:
+        """What the layers give to features."""
+        return self.down_sample_norm(F.gelu(self.down_sample_layer[0](hidden_states, pool_index)))
 
 
 class MiMoAudioTokenizerUpsample(nn.Module):

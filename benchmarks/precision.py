@@ -1,10 +1,11 @@
-"""float32, bfloat16 and int8 on a CPU: time and memory, and how far codes and audio are from those in float32.
+"""float32, bfloat16 and 8 bits: time and memory, and how far codes and audio are from those in float32.
 
-    python benchmarks/precision_on_cpu.py RECORDING... --threads 2 --output benchmarks/results/precision_on_cpu.json
+    python benchmarks/precision.py RECORDING... --threads 2 --output benchmarks/results/precision_on_cpu.json
+    python benchmarks/precision.py RECORDING... --device cuda --output benchmarks/results/precision_on_gpu.json
 
-For `tiny`, and for the released size with random weights (whose PESQ and STOI would mean nothing). Times are medians;
-each dtype has a process of its own, whose peak resident memory is what the operating system counted. Decoded are the
-codes of float32; PESQ and STOI are of each dtype's own.
+8 bits are int8 on a CPU, FP8 on a GPU. For `tiny`, and for the released size with random weights (whose PESQ and STOI
+would mean nothing). Times are medians; each dtype has a process of its own, whose peak resident memory is what the
+operating system counted. Decoded are the codes of float32; PESQ and STOI are of each dtype's own.
 """
 
 from __future__ import annotations
@@ -29,14 +30,15 @@ from mimo_audio_hf import decode_codes, encode_waveforms, load_audio, load_model
 from mimo_audio_hf.metrics import pesq, stoi
 
 
-DTYPES = ["float32", "bfloat16", "int8"]
+DTYPES = {"cpu": ["float32", "bfloat16", "int8"], "cuda": ["float32", "bfloat16", "fp8"]}
 
 
 @torch.inference_mode()
-def measure(model_name: str, dtype: str, recordings: list[Path], threads: int, folder: Path) -> None:
+def measure(model_name: str, dtype: str, args: argparse.Namespace, folder: Path) -> None:
     """In a process of its own: times, and what was made, for the others to be compared with."""
-    torch.set_num_threads(threads)
-    model = load_model(model_name, device="cpu", dtype=dtype)
+    recordings: list[Path] = args.recordings
+    torch.set_num_threads(args.threads)
+    model = load_model(model_name, device=args.device, dtype=dtype)
     clips = [load_audio(path) for path in recordings]
     seconds = sum(map(len, clips)) / model.config.sampling_rate
     codes = encode_waveforms(model, clips)
@@ -93,12 +95,13 @@ def compare(dtype: str, recordings: list[Path], folder: Path, trained: bool) -> 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("recordings", nargs="+", type=Path, metavar="RECORDING")
-    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--device", choices=list(DTYPES), default="cpu")
+    parser.add_argument("--threads", type=int, default=2, help="of the CPU")
     parser.add_argument("--output", type=Path)
     parser.add_argument("--measure", nargs=3, metavar=("MODEL", "DTYPE", "FOLDER"), help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.measure:
-        measure(args.measure[0], args.measure[1], args.recordings, args.threads, Path(args.measure[2]))
+        measure(args.measure[0], args.measure[1], args, Path(args.measure[2]))
         return
     results: dict[str, Any] = {"recordings": [path.name for path in args.recordings], "threads": args.threads}
     with tempfile.TemporaryDirectory() as temporary:
@@ -109,9 +112,17 @@ def main() -> None:
             folder = Path(temporary, f"made by {size}")
             folder.mkdir()
             results[size] = {}
-            for dtype in DTYPES:
+            for dtype in DTYPES[args.device]:
                 recordings = [str(path) for path in args.recordings]
-                command = [sys.executable, __file__, *recordings, "--threads", str(args.threads)]
+                command = [
+                    sys.executable,
+                    __file__,
+                    *recordings,
+                    "--threads",
+                    str(args.threads),
+                    "--device",
+                    args.device,
+                ]
                 process = subprocess.Popen([*command, "--measure", model, dtype, str(folder)])
                 _, status, usage = os.wait4(process.pid, 0)
                 if status:
@@ -119,7 +130,13 @@ def main() -> None:
                 row = compare(dtype, args.recordings, folder, trained=size == "tiny")
                 row["peak_gigabytes"] = round(usage.ru_maxrss * (1 if sys.platform == "darwin" else 1024) / 1e9, 2)
                 results[size][dtype] = row
-    report("precision_on_cpu", results, args.output, f"{platform.machine()} CPU, {args.threads} threads")
+    cpu = f"{platform.machine()} CPU, {args.threads} threads"
+    report(
+        f"precision_on_{'cpu' if args.device == 'cpu' else 'gpu'}",
+        results,
+        args.output,
+        None if args.device == "cuda" else cpu,
+    )
 
 
 if __name__ == "__main__":

@@ -1,0 +1,76 @@
+"""An hour of audio through `mimo-audio roundtrip` on the CPU: time, and the most memory that the command takes.
+
+    python benchmarks/long_audio.py --output benchmarks/results/long_audio.json
+
+The recording is made of clips, one after the other, again and again. Also checked: that the codes of its first minutes
+are those of the pieces of 60 s apart.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import resource
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import soundfile
+import torch
+from workloads import report
+
+from mimo_audio_hf import MiMoAudioTokenizerFeatureExtractor, encode_waveforms, load_audio, load_model
+from mimo_audio_hf.inference import MAX_PIECE_FRAMES
+
+
+def write_recording(path: Path, clips: list[Path], minutes: float) -> None:
+    """16-bit WAV at 24 kHz."""
+    missing = round(minutes * 60 * 24000)
+    with soundfile.SoundFile(path, "w", 24000, 1, "PCM_16") as file:
+        for clip in itertools.cycle([load_audio(clip) for clip in clips]):
+            file.write(clip[:missing].numpy())
+            missing -= min(missing, len(clip))
+            if not missing:
+                return
+
+
+@torch.inference_mode()
+def pieces_are_encoded_apart(path: Path, minutes: int) -> bool:
+    """Whether the codes of the first minutes are those that `encode` gives for each piece of the mel spectrogram."""
+    model = load_model("tiny", device="cpu")
+    waveform = load_audio(path)[: minutes * 60 * 24000]
+    mel = MiMoAudioTokenizerFeatureExtractor.from_config(model.config).log_mel_spectrogram(waveform)
+    apart = [model.encode(piece[None]).audio_codes[0].t() for piece in mel.split(MAX_PIECE_FRAMES, dim=1)]
+    return torch.equal(encode_waveforms(model, [waveform])[0], torch.cat(apart))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--output", type=Path)
+    parser.add_argument("--minutes", type=float, default=60.0)
+    parser.add_argument("--audio", type=Path, nargs="+", default=[Path("tests/fixtures/audio/prompt_speech_en_m.wav")])
+    args = parser.parse_args()
+    with tempfile.TemporaryDirectory() as folder:
+        recording, result = Path(folder, "recording.wav"), Path(folder, "result.wav")
+        write_recording(recording, args.audio, args.minutes)
+        command = [sys.executable, "-m", "mimo_audio_hf.cli", "roundtrip", str(recording), str(result)]
+        started = time.perf_counter()
+        subprocess.run([*command, "--model", "tiny", "--device", "cpu"], check=True)
+        seconds = time.perf_counter() - started
+        # Of the one child process that there was.
+        peak = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss
+        samples = [soundfile.info(path).frames for path in (recording, result)]
+        results = {
+            "recording_minutes": samples[0] / 24000 / 60,
+            "samples_in_and_out": samples,
+            "seconds": round(seconds, 1),
+            "peak_gb": round(peak * 1024 / 1e9, 3),
+            "codes_of_the_first_minutes_are_those_of_the_pieces_apart": pieces_are_encoded_apart(recording, 5),
+        }
+    report("long_audio", results, args.output, device="CPU")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,532 @@
+"""Codes to audio while they are generated, and audio to codes while it is recorded."""
+
+from __future__ import annotations
+
+import copy
+import math
+import random
+
+import pytest
+import torch
+from golden import GOLDEN, expected_clips, load_golden
+from safetensors.torch import load_file
+
+from mimo_audio_hf import (
+    MiMoAudioTokenizerConfig,
+    MiMoAudioTokenizerModel,
+    caching,
+    decode_codes,
+    encode_waveforms,
+    load_audio,
+    load_model,
+)
+from mimo_audio_hf.checkpoints import PRESETS
+from mimo_audio_hf.graphs import GraphRunner
+from mimo_audio_hf.modeling_mimo_audio_tokenizer import PackedGroupNorm
+from mimo_audio_hf.streaming import (
+    LOW_LATENCY,
+    StreamingDecoder,
+    StreamingDecoderPool,
+    StreamingEncoder,
+    _CausalEncoding,
+)
+
+
+# Ways to stream of which the audio does not depend on how codes are cut into pushes, with contexts that matter.
+CHUNKED = {
+    "run again": {"left_context": 30, "right_context": 6, "chunk_frames": 8},
+    "run again, faded": {"left_context": 30, "right_context": 6, "chunk_frames": 8, "crossfade_samples": 240},
+    "no context": {"left_context": 0, "right_context": 0, "chunk_frames": 8},
+    "cached": {"left_context": 30, "right_context": 6, "chunk_frames": 8, "cached": True},
+    "cached, no right context": {"left_context": 30, "right_context": 0, "chunk_frames": 3, "cached": True},
+    "cached, short vocoder": {
+        "left_context": 30,
+        "right_context": 3,
+        "chunk_frames": 2,
+        "cached": True,
+        "vocoder_context": 4,
+    },
+    "low latency": dict(LOW_LATENCY),
+}
+
+
+@pytest.fixture(scope="module")
+def base():
+    return load_golden("base")
+
+
+@pytest.fixture(scope="module")
+def causal():
+    return load_golden("causal_hybrid_encoder")
+
+
+@pytest.fixture(scope="module")
+def trained():
+    return load_model("tiny", device="cpu")
+
+
+@pytest.fixture(scope="module")
+def speech():
+    return load_audio(GOLDEN.parent / "audio" / "prompt_speech_en_m.wav")
+
+
+def random_codes(model, frames: int, seed: int = 0, num_quantizers: int | None = None) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    sizes = model.config.codebook_sizes[:num_quantizers]
+    return torch.stack([torch.randint(size, (frames,), generator=generator) for size in sizes], dim=1)
+
+
+def noise(samples: int, seed: int = 0) -> torch.Tensor:
+    return torch.randn(samples, generator=torch.Generator().manual_seed(seed)) * 0.1
+
+
+def random_chunks(data: torch.Tensor, most: int, seed: int) -> list[torch.Tensor]:
+    generator, sizes = random.Random(seed), []
+    while sum(sizes) < len(data):
+        sizes.append(min(generator.randint(1, most), len(data) - sum(sizes)))
+    return list(data.split(sizes))
+
+
+def stream(decoder: StreamingDecoder | StreamingEncoder, chunks: list[torch.Tensor]) -> torch.Tensor:
+    return torch.cat([decoder.push(chunk) for chunk in chunks] + [decoder.flush()])
+
+
+def assert_equal_audio(actual: torch.Tensor, expected: torch.Tensor) -> None:
+    torch.testing.assert_close(actual, expected, rtol=0, atol=1e-5 * max(1, expected.abs().max().item()))
+
+
+# --- Decoder ---
+
+
+@pytest.mark.parametrize("frames", [25, 7])
+def test_chunks_are_those_of_upstreams_streaming_decoder(base, frames):
+    golden = load_file(GOLDEN / "streaming.safetensors")
+    chunks = golden["codes"].split(frames)
+    decoder = StreamingDecoder(base, left_context=60, right_context=10)
+    pool = StreamingDecoderPool(base, left_context=60, right_context=10)
+    other, pooled = pool.open(), pool.open()
+    for number, codes in enumerate(chunks):
+        last = number == len(chunks) - 1
+        audio = decoder.push(codes, last=last)
+        expected = golden[f"chunk{frames}.{number}"]
+        assert audio.shape == expected.shape
+        torch.testing.assert_close(audio, expected, rtol=0, atol=1e-4)
+        beside = pool.push({other: codes.flip(0), pooled: codes}, last=[pooled] if last else [])
+        torch.testing.assert_close(beside[pooled], expected, rtol=0, atol=1e-4)
+    assert f"chunk{frames}.{len(chunks)}" not in golden
+
+
+def test_upstreams_contexts_are_the_defaults(base):
+    decoder = StreamingDecoder(base)
+    assert len(decoder.push(random_codes(base, 40))) == 0
+    assert len(decoder.push(random_codes(base, 1))) == 960
+    codes = random_codes(base, 400)
+    pieces = [decoder.reset(), *(decoder.push(chunk) for chunk in codes.split(100))][1:]
+    # The third chunk sees the 250 frames before it, no more.
+    seen = decode_codes(base, [codes[:300]])[0][: 260 * 960]
+    assert_equal_audio(pieces[2], seen[160 * 960 :])
+    seen = decode_codes(base, [codes[50:400]])[0]
+    assert_equal_audio(pieces[3], seen[210 * 960 : 310 * 960])
+
+
+@pytest.mark.parametrize("way", CHUNKED)
+def test_random_pushes_give_what_fixed_ones_give(base, way):
+    options = CHUNKED[way]
+    for length in (1, 7, 14, 15, 133):
+        codes = random_codes(base, length, seed=length)
+        fixed = stream(StreamingDecoder(base, **options), codes.split(options["chunk_frames"]))
+        assert len(fixed) == len(decode_codes(base, [codes])[0]) == 960 * length
+        for seed in range(3):
+            assert_equal_audio(stream(StreamingDecoder(base, **options), random_chunks(codes, 40, seed)), fixed)
+        decoder = StreamingDecoder(base, **options)
+        assert_equal_audio(decoder.push(codes, last=True), fixed)
+
+
+def test_pushes_are_chunks_unless_chunks_have_a_size(base):
+    codes = random_codes(base, 120)
+    decoder = StreamingDecoder(base, left_context=20, right_context=5)
+    for seed in range(3):
+        assert len(stream(decoder, random_chunks(codes, 40, seed))) == 960 * 120
+        decoder.reset()
+
+
+def interleave(
+    pool: StreamingDecoderPool, chunks: list[list[torch.Tensor]], seed: int, with_last: bool
+) -> list[torch.Tensor]:
+    """The audio of as many streams, some of which get their next chunk in a call, where others come and go.
+
+    `with_last`: half of them end with their last chunk, not after it. (Where pushes are chunks, to end after it is to
+    push an empty chunk more.)
+    """
+    generator = random.Random(seed)
+    names = [pool.open() for _ in chunks]
+    audio: list[list[torch.Tensor]] = [[] for _ in chunks]
+    waiting = {index: list(each) for index, each in enumerate(chunks)}
+    while waiting:
+        some = generator.sample(sorted(waiting), generator.randint(1, len(waiting)))
+        pushed = {names[index]: waiting[index].pop(0) for index in some}
+        last = [names[index] for index in some if with_last and not waiting[index] and index % 2]
+        for name, samples in pool.push(pushed, last=last).items():
+            audio[names.index(name)].append(samples)
+        for index in [index for index in some if not waiting[index]]:
+            del waiting[index]
+            if names[index] not in last:
+                audio[index].append(pool.flush([names[index]])[names[index]])
+            # Its place is taken by another stream, which must not see anything of it.
+            pool.close(names[index])
+            pool.push({pool.open(): random_codes(pool.model, 9, seed=index)})
+    return [torch.cat(pieces) for pieces in audio]
+
+
+@pytest.mark.parametrize("way", ["upstream", *CHUNKED])
+def test_sixteen_interleaved_streams_are_sixteen_separate_ones(base, way):
+    options = CHUNKED.get(way, {"left_context": 20, "right_context": 5})
+    lengths = random.Random(0)
+    codes = [random_codes(base, lengths.randint(1, 120), seed, 1 + seed % 6) for seed in range(16)]
+    chunks = [random_chunks(each, 40, seed) for seed, each in enumerate(codes)]
+    separate = [stream(StreamingDecoder(base, **options), each) for each in chunks]
+    interleaved = interleave(StreamingDecoderPool(base, **options), chunks, 0, with_last=way != "upstream")
+    for audio, expected in zip(interleaved, separate, strict=True):
+        assert_equal_audio(audio, expected)
+
+
+@pytest.mark.parametrize("way", ["upstream", *CHUNKED])
+def test_a_stream_that_was_reset_is_a_new_one(base, way):
+    options = CHUNKED.get(way, {"left_context": 20, "right_context": 5})
+    codes = random_codes(base, 50)
+    decoder = StreamingDecoder(base, **options)
+    expected = stream(decoder, codes.split(10))
+    for before in (0, 30):  # ended, or in the middle of something else
+        decoder.reset()
+        decoder.push(random_codes(base, before, seed=1, num_quantizers=2))
+        decoder.reset()
+        assert_equal_audio(stream(decoder, codes.split(10)), expected)
+    pool = StreamingDecoderPool(base, **options)
+    name = pool.open(num_quantizers=2)
+    pool.push({name: random_codes(base, 30, num_quantizers=2)})
+    pool.reset(name)
+    pieces = [pool.push({name: chunk})[name] for chunk in codes.split(10)] + [pool.flush([name])[name]]
+    assert_equal_audio(torch.cat(pieces), expected)
+
+
+def without_statistics(monkeypatch) -> None:
+    """Group norms that take every clip's mean to be 0.1 and its variance 2."""
+
+    def forward(norm, hidden_states, sequences):
+        return (hidden_states - 0.1) * (2 + norm.eps) ** -0.5 * norm.weight + norm.bias
+
+    def include(norm, hidden_states, *rows):
+        mean = hidden_states.new_full((len(hidden_states),), 0.1)
+        return mean, torch.full_like(mean, 2.0)
+
+    monkeypatch.setattr(PackedGroupNorm, "forward", forward)
+    monkeypatch.setattr(caching.RunningGroupNorm, "include", include)
+
+
+@pytest.mark.parametrize("turned", [False, True])
+def test_caches_are_exact_but_for_the_norms_statistics(base, monkeypatch, turned):
+    without_statistics(monkeypatch)
+    if turned:  # positions begin anew again and again
+        monkeypatch.setattr(caching, "MAX_POSITION", 50)
+    codes = random_codes(base, 150)
+    (whole,) = decode_codes(base, [codes])
+    # Two layers of the vocoder see 10 mel frames ahead each, the inverse STFT 2: 6 frames of codes.
+    options = {"left_context": 150, "right_context": 6, "chunk_frames": 4, "cached": True}
+    assert_equal_audio(stream(StreamingDecoder(base, **options), codes.split(9)), whole)
+    # Two layers of 40 mel frames and the inverse STFT's 4 reach 21 frames of codes back from those that are given out.
+    assert_equal_audio(stream(StreamingDecoder(base, **options, vocoder_context=27), codes.split(9)), whole)
+    audio = stream(StreamingDecoder(base, **options, vocoder_context=15), codes.split(9))
+    assert (audio - whole).abs().max() > 1e-4 * whole.abs().max()
+    # Every frame sees as many before it as it is told to: 3 layers of 20 frames of codes, and the vocoder's.
+    options["left_context"] = 20
+    audio = stream(StreamingDecoder(base, **options), codes.split(9))
+    assert (audio - whole).abs().max() > 1e-2 * whole.abs().max()
+
+
+@pytest.mark.parametrize("chunk_frames", [1, 5, 20])
+def test_the_statistics_of_a_streams_norms_become_those_of_the_whole_clip(base, monkeypatch, chunk_frames):
+    codes = random_codes(base, 60)
+    seen = []
+
+    def forward(norm, hidden_states, sequences):
+        seen.append((hidden_states.mean(), hidden_states.var(correction=0)))
+        return original(norm, hidden_states, sequences)
+
+    original = PackedGroupNorm.forward
+    monkeypatch.setattr(PackedGroupNorm, "forward", forward)
+    decode_codes(base, [codes])
+    monkeypatch.undo()
+    mean, variance = seen[0]  # of the first norm, which sees the codes alone
+
+    last = {}
+    include = caching.RunningGroupNorm.include
+
+    def remember(norm, *args):
+        last[norm.norm] = include(norm, *args)
+        return last[norm.norm]
+
+    monkeypatch.setattr(caching.RunningGroupNorm, "include", remember)
+    stream(StreamingDecoder(base, chunk_frames=chunk_frames, right_context=2, cached=True), [codes])
+    torch.testing.assert_close(last[base.decoder.dconv1.norm][0].squeeze(), mean)
+    torch.testing.assert_close(last[base.decoder.dconv1.norm][1].squeeze(), variance)
+
+
+@pytest.mark.parametrize("way", ["upstream", "run again", "cached", "low latency"])
+def test_calls_of_the_sizes_that_graphs_have_give_the_same(base, way):
+    """As on a GPU after `optimize_for_inference`, but for the recording."""
+    options = CHUNKED.get(way, {"left_context": 20, "right_context": 5})
+    model = copy.deepcopy(base).freeze()
+    model.graphs = GraphRunner(model, capture=False)
+    chunks = [random_chunks(random_codes(base, 50 + 9 * seed, seed), 12, seed) for seed in range(6)]
+    separate = [stream(StreamingDecoder(base, **options), each) for each in chunks]
+    for seed in range(3):
+        interleaved = interleave(StreamingDecoderPool(model, **options), chunks, seed, with_last=way != "upstream")
+        for audio, expected in zip(interleaved, separate, strict=True):
+            assert_equal_audio(audio, expected)
+
+
+def test_low_latency_gives_audio_after_ten_frames(trained, speech):
+    (codes,) = encode_waveforms(trained, [speech])
+    decoder = StreamingDecoder.low_latency(trained)
+    pieces = [decoder.push(frame) for frame in codes[:30].split(1)]
+    assert [len(piece) > 0 for piece in pieces].index(True) < 10  # 0.4 s
+    # From then on never more than a chunk behind.
+    emitted = torch.tensor([len(piece) for piece in pieces]).cumsum(0) // 960
+    behind = torch.arange(1, 31) - emitted
+    assert behind.max() < LOW_LATENCY["right_context"] + LOW_LATENCY["chunk_frames"] + 1
+
+
+def test_low_latency_is_near_the_whole_clip(trained, speech):
+    (codes,) = encode_waveforms(trained, [speech])
+    (whole,) = decode_codes(trained, [codes])
+    audio = stream(StreamingDecoder.low_latency(trained), codes.split(3))
+    ratio = whole.square().sum() / (audio - whole).square().sum()
+    assert 10 * math.log10(ratio) > 10  # dB; docs/streaming.md has the measurements
+
+
+@pytest.mark.parametrize("way", ["run again", "cached"])
+def test_a_streams_memory_does_not_grow(base, way):
+    pool = StreamingDecoderPool(base, **CHUNKED[way])
+    name = pool.open()
+
+    def held() -> int:
+        stream = pool._streams[name]
+        tensors = [*stream.pending, stream.buffer, stream.fading]
+        if pool._cache is not None:
+            tensors += [*pool._cache.tensors()]
+        return sum(tensor.untyped_storage().nbytes() for tensor in tensors if tensor is not None)
+
+    sizes = []
+    for chunk in random_codes(base, 400).split(16):
+        pool.push({name: chunk})
+        sizes.append(held())
+    assert len(set(sizes[4:])) == 1
+
+
+def test_fade(base):
+    codes = random_codes(base, 40)
+    options = {"left_context": 20, "right_context": 5, "chunk_frames": 10}
+    plain = stream(StreamingDecoder(base, **options), [codes])
+    faded = stream(StreamingDecoder(base, **options, crossfade_samples=100), [codes])
+    changed = (plain != faded).nonzero().flatten()
+    expected = torch.cat([torch.arange(border, border + 100) for border in (5 * 960, 15 * 960, 25 * 960, 35 * 960)])
+    assert set(changed.tolist()) <= set(expected.tolist())
+    assert len(changed) > 390
+    # At the border's first sample the chunk before weighs 100 parts of 101.
+    before = decode_codes(base, [codes[:10]])[0][5 * 960]
+    torch.testing.assert_close(faded[5 * 960], before * 100 / 101 + plain[5 * 960] / 101)
+
+
+# --- Bad use of the decoder ---
+
+
+@pytest.mark.parametrize("way", ["upstream", "run again", "cached"])
+def test_bad_use_is_an_error_and_leaves_all_streams_as_they_were(base, way):
+    options = CHUNKED.get(way, {"left_context": 30, "right_context": 6})
+    codes = random_codes(base, 64)
+    expected = stream(StreamingDecoder(base, **options), codes.split(16))
+    pool = StreamingDecoderPool(base, **options)
+    good, bad, ended = pool.open(), pool.open(), pool.open()
+    pool.push({ended: codes[:9]}, last=[ended])
+    outside = codes[:4].clone()
+    outside[2, 1] = 64
+    pieces = []
+    for chunk in codes.split(16):
+        pool.push({bad: chunk[:3, :2]})
+        for fault, message in (
+            (outside, rf"stream {bad}.*64 for codebook 1.*0 to 63"),
+            (codes[:4, :3], rf"stream {bad} are of 3 codebooks; accepted: 2"),
+            (codes[:4, :2].float(), rf"stream {bad} is torch.float32"),
+            (codes[0], rf"stream {bad} has shape"),
+            (random_codes(base, 4).repeat(1, 2), rf"stream {bad} has shape \(4, 12\)"),
+            ([[1, 2]], rf"stream {bad} is a list"),
+        ):
+            with pytest.raises(ValueError, match=message):
+                pool.push({good: chunk, bad: fault})
+        with pytest.raises(RuntimeError, match=f"stream {ended} has ended; accepted: codes after a reset"):
+            pool.push({good: chunk, ended: chunk})
+        with pytest.raises(ValueError, match="stream 9 is not open; accepted: 0, 1, 2"):
+            pool.push({good: chunk, 9: chunk})
+        with pytest.raises(ValueError, match=r"last names \[1\]"):
+            pool.push({good: chunk}, last=[bad])
+        # Nothing is not an error, whatever its number of codebooks.
+        assert len(pool.push({good: codes[:0], bad: codes[:0]})[good]) == 0
+        pieces.append(pool.push({good: chunk})[good])
+    pieces.append(pool.flush([good])[good])
+    assert_equal_audio(torch.cat(pieces), expected)
+
+
+def test_ends(base):
+    decoder = StreamingDecoder(base)
+    assert decoder.flush().shape == (0,)  # of nothing
+    for codes in (random_codes(base, 3), random_codes(base, 0)):
+        with pytest.raises(RuntimeError, match="ended"):
+            decoder.push(codes)
+    with pytest.raises(RuntimeError, match="ended"):
+        decoder.flush()
+    decoder.reset()
+    assert decoder.push(random_codes(base, 3), last=True).shape == (3 * 960,)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"right_context": -1}, "right_context=-1; accepted: 0"),
+        ({"left_context": 39}, r"left_context=39; accepted: 40 \(right_context\)"),
+        ({"chunk_frames": 0}, "chunk_frames=0; accepted: 1"),
+        ({"chunk_frames": 2.0}, "chunk_frames=2.0"),
+        ({"crossfade_samples": 961}, "crossfade_samples=961; accepted: 0 to 960"),
+        ({"crossfade_samples": 1, "right_context": 0}, "crossfade_samples=1; accepted: 0 to 0"),
+        ({"cached": True}, "cached=True without chunk_frames"),
+        ({"vocoder_context": 50}, "vocoder_context=50 without cached=True"),
+        ({"vocoder_context": 39, "cached": True, "chunk_frames": 1}, r"vocoder_context=39; accepted: 40 \(right_con"),
+        ({"num_quantizers": 7}, "num_quantizers=7; accepted: 1 to 6"),
+    ],
+)
+def test_bad_options(base, options, message):
+    with pytest.raises(ValueError, match=message):
+        StreamingDecoder(base, **options)
+
+
+def test_a_model_without_decoder_decodes_no_streams():
+    model = MiMoAudioTokenizerModel(MiMoAudioTokenizerConfig(**PRESETS["tiny"], has_decoder=False)).eval()
+    with pytest.raises(ValueError, match="encoder only"):
+        StreamingDecoder(model)
+
+
+# --- Encoder ---
+
+
+def test_a_causal_encoder_gives_the_codes_of_the_whole_clip(causal):
+    for seed, samples in enumerate((1, 480, 481, 960, 5000, 24000, 24001, 24239, 100_000)):
+        waveform = noise(samples, seed)
+        (expected,) = encode_waveforms(causal, [waveform])
+        for most in (100, 2000, 200_000):
+            assert torch.equal(stream(StreamingEncoder(causal), random_chunks(waveform, most, seed)), expected)
+    assert torch.equal(StreamingEncoder(causal, num_quantizers=2).push(waveform, last=True), expected[:, :2])
+
+
+@pytest.mark.parametrize("size", [1, 7, 1000])
+def test_a_causal_encoder_gives_the_golden_codes(causal, size):
+    for clip in expected_clips("causal_hybrid_encoder"):
+        encoding = _CausalEncoding(causal, torch.device("cpu"), causal.config.num_quantizers, None)
+        pieces = clip["mel"].t().split(size)
+        with torch.inference_mode():
+            codes = [
+                found
+                for number, piece in enumerate(pieces, start=1)
+                for found in encoding.push(piece, number == len(pieces))
+            ]
+        assert torch.equal(torch.cat(codes), clip["codes"].long())
+
+
+def test_positions_of_a_long_stream_begin_anew(causal, monkeypatch):
+    waveform = noise(150_000)
+    (expected,) = encode_waveforms(causal, [waveform])
+    monkeypatch.setattr(caching, "MAX_POSITION", 50)
+    assert torch.equal(stream(StreamingEncoder(causal), list(waveform.split(5000))), expected)
+
+
+def test_a_causal_encoder_bounds_its_memory_where_it_is_told_to(causal):
+    encoder = StreamingEncoder(causal, left_context=30)
+    waveform = noise(240_000)
+    codes, sizes = [], []
+    for piece in waveform.split(24_000):
+        codes.append(encoder.push(piece))
+        sizes.append([keys.shape for keys in encoder._encoding.cache._keys])
+    assert all(shapes == sizes[0] for shapes in sizes)
+    whole = encode_waveforms(causal, [waveform])[0][: sum(map(len, codes))]
+    agreement = (torch.cat(codes) == whole).float().mean(1)
+    assert agreement[:30].min() == 1  # until there is more before a frame than it may see
+    assert agreement.mean() > 0.5
+
+
+@pytest.mark.parametrize("family", ["causal", "base"])
+def test_codes_come_as_soon_as_what_they_need(causal, base, family):
+    model = {"causal": causal, "base": base}[family]
+    options = {} if family == "causal" else {"right_context": 3, "chunk_frames": 1}
+    encoder = StreamingEncoder(model, **options)
+    given = 0
+    for number, sample in enumerate(noise(12_000).split(1), start=1):
+        given += len(encoder.push(sample))
+        assert given == max(0, (number - encoder.look_ahead) // 960)
+    assert given > 5
+
+
+def test_windows_over_the_whole_clip_give_its_codes(base):
+    waveform = noise(60_000)
+    (expected,) = encode_waveforms(base, [waveform])
+    for chunk in (1, 10, 100):
+        encoder = StreamingEncoder(base, left_context=100, right_context=100, chunk_frames=chunk)
+        assert torch.equal(stream(encoder, random_chunks(waveform, 5000, chunk)), expected)
+
+
+def test_windows_give_nearly_the_codes_of_the_whole_clip(trained, speech):
+    (whole,) = encode_waveforms(trained, [speech])
+    codes = stream(StreamingEncoder(trained), list(speech.split(2400)))
+    assert codes.shape == whole.shape
+    assert (codes == whole).float().mean() > 0.6  # docs/streaming.md has the measurements
+    assert (codes == whole)[:, 0].float().mean() > 0.95
+    near = stream(StreamingEncoder(trained, right_context=0), list(speech.split(2400)))
+    assert (near == whole).float().mean() < (codes == whole).float().mean()
+
+
+@pytest.mark.parametrize("family", ["causal", "base"])
+def test_bad_use_of_an_encoder_leaves_it_as_it_was(causal, base, family):
+    model = {"causal": causal, "base": base}[family]
+    waveform = noise(20_000)
+    expected = stream(StreamingEncoder(model), [waveform])
+    encoder = StreamingEncoder(model)
+    codes = []
+    for piece in waveform.split(7000):
+        for fault, message in (
+            (torch.full((100,), math.nan), "NaN"),
+            (torch.zeros(2, 100), "mono"),
+            (torch.zeros(100, dtype=torch.int16), "int16"),
+            ([0.5], "samples is a list"),
+        ):
+            with pytest.raises(ValueError, match=message):
+                encoder.push(fault)
+        assert encoder.push(torch.empty(0)).shape == (0, model.config.num_quantizers)
+        codes.append(encoder.push(piece.numpy()))
+    codes.append(encoder.flush())
+    assert torch.equal(torch.cat(codes), expected)
+    with pytest.raises(RuntimeError, match="ended"):
+        encoder.push(waveform)
+    encoder.reset()
+    assert torch.equal(encoder.push(waveform, last=True), expected)
+    encoder.reset()
+    assert encoder.flush().shape == (0, model.config.num_quantizers)
+
+
+def test_bad_options_of_an_encoder(causal, base):
+    for options, message in (
+        ({"num_quantizers": 7}, "num_quantizers=7"),
+        ({"left_context": 0}, "left_context=0; accepted: 1"),
+        ({"right_context": -1}, "right_context=-1; accepted: 0"),
+        ({"chunk_frames": 0}, "chunk_frames=0; accepted: 1"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            StreamingEncoder(base, **options)
+    with pytest.raises(ValueError, match="right_context=3, chunk_frames=None with an encoder that does not look"):
+        StreamingEncoder(causal, right_context=3)
