@@ -32,6 +32,7 @@ BOXES: dict[str, tuple[str, ...]] = {
     "Checkpoints": ("checkpoints",),
     "Hub": ("hub",),
     "Datasets": ("dataset",),
+    "Language models": ("language_model",),
     "Upstream's interface": ("compat",),
     "Jobs": ("sources", "shards", "jobs", "offline", "ray"),
     "Evaluation": ("metrics", "evaluation", "evaluation_clips"),
