@@ -37,7 +37,18 @@ PAGES = {
 # The order of the navigation; pages of the section's folder that are not named follow by name.
 GUIDES = ("backends.md", "speed.md", "scale.md", "streaming.md", "training.md", "migrate.md", "comparison.md")
 PROJECT = ("architecture.md", "contributing.md", "security.md", "changelog.md")
-API = ("model", "inference", "streaming", "datasets", "training", "evaluation", "compat", "hub", "demo")
+API = (
+    "model",
+    "inference",
+    "streaming",
+    "datasets",
+    "language_model",
+    "training",
+    "evaluation",
+    "compat",
+    "hub",
+    "demo",
+)
 COMMANDS = "api/commands.md"
 RECIPES = {
     "recipes/space.md": "A Space",

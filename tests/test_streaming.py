@@ -19,6 +19,7 @@ from mimo_audio_hf import (
     encode_waveforms,
     load_audio,
     load_model,
+    optimize_for_inference,
 )
 from mimo_audio_hf.checkpoints import PRESETS
 from mimo_audio_hf.graphs import GraphRunner
@@ -283,6 +284,20 @@ def test_calls_of_the_sizes_that_graphs_have_give_the_same(base, way):
         interleaved = interleave(StreamingDecoderPool(model, **options), chunks, seed, with_last=way != "upstream")
         for audio, expected in zip(interleaved, separate, strict=True):
             assert_equal_audio(audio, expected)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
+@pytest.mark.parametrize("way", ["upstream", "run again", "cached", "low latency"])
+def test_streams_on_a_gpu_are_those_on_the_cpu(trained, way):
+    options = CHUNKED.get(way, {"left_context": 20, "right_context": 5})
+    model = optimize_for_inference(copy.deepcopy(trained).to("cuda"))
+    chunks = [random_chunks(random_codes(trained, 90 + 9 * seed, seed), 12, seed) for seed in range(6)]
+    separate = [stream(StreamingDecoder(trained, **options), each) for each in chunks]
+    for seed in range(3):  # sizes come again, as graphs
+        interleaved = interleave(StreamingDecoderPool(model, **options), chunks, seed, with_last=way != "upstream")
+        for audio, expected in zip(interleaved, separate, strict=True):
+            torch.testing.assert_close(audio, expected, rtol=0, atol=1e-3 * expected.abs().max().item())
 
 
 def test_low_latency_gives_audio_after_ten_frames(trained, speech):

@@ -20,6 +20,7 @@ from .commands.hub import add_hub
 from .commands.jobs import add_detokenize, add_tokenize
 from .commands.models import add_info, add_init
 from .commands.options import OUT_OF_MEMORY, Subparsers, report
+from .commands.stream import add_stream
 from .commands.train import add_train
 from .version import __version__
 
@@ -28,6 +29,7 @@ COMMANDS: tuple[Callable[[Subparsers], object], ...] = (
     add_encode,
     add_decode,
     add_roundtrip,
+    add_stream,
     add_tokenize,
     add_detokenize,
     add_info,

@@ -183,12 +183,23 @@ class GraphRunner:
         index, mask = torch.from_numpy(np.stack([index, mask])).to(packed.device, non_blocking=True)
         return gather_rows(packed, index), mask
 
-    def record(self, body: Callable[[], Result]) -> tuple[Result, Callable[[], Result]]:
-        """[`record_graph`] with this runner's memory, or without recording where it does not."""
+    def record(self, body: Callable[[], torch.Tensor]) -> tuple[torch.Tensor, Callable[[], torch.Tensor]]:
+        """[`record_graph`] in this runner's memory, or without recording where it does not; results are one's own."""
         if self._stream is None:
             return body(), body
         with self._lock:
-            return record_graph(body, self._device, self._pool, self._stream)
+            first, replay = record_graph(body, self._device, self._pool, self._stream)
+
+        def run_again() -> torch.Tensor:
+            assert self._done is not None
+            stream = torch.cuda.current_stream(self._device)
+            with self._lock:
+                stream.wait_event(self._done)  # the call before may be in another stream
+                result = replay().clone()  # before another graph of the same memory runs
+                self._done.record(stream)
+            return result
+
+        return first, run_again
 
     @property
     def _mel_frames_per_code(self) -> int:

@@ -623,7 +623,7 @@ class StreamingEncoder:
         model: the tokenizer; runs where it is, without gradients.
         num_quantizers: how many codebooks to use, from the first; all by default.
         left_context: how many frames of codes back the encoder sees. Where layers do not look ahead, None is
-            everything, in memory that grows by 25 frames of keys and values of every layer without a window a second;
+            everything, in memory that grows by 50 frames of keys and values of every layer without a window a second;
             this bounds it, and ends the equality with the whole recording's codes. Else None is 250.
         right_context: how many frames of codes an encoder sees that looks ahead: the latency. None is 25.
         chunk_frames: how many new frames of codes such an encoder gives out at a time, which is how often it runs.

@@ -16,7 +16,7 @@ from tqdm import tqdm
 from .. import codes as code_files
 from ..audio import AUDIO_SUFFIXES, load_audio, save_audio
 from ..codes import AudioCodes
-from ..inference import MAX_BATCH_SECONDS, convert_each, decode_codes, encode_waveforms, group_by_seconds
+from ..inference import MAX_BATCH_SECONDS, Progress, convert_each, decode_codes, encode_waveforms, group_by_seconds
 from .options import (
     OUTPUT_SUFFIXES,
     Subparsers,
@@ -68,8 +68,8 @@ def run_encode(args: argparse.Namespace) -> int:
         args,
         load=lambda path: load_audio(path, model.config.sampling_rate),
         seconds=lambda waveform: len(waveform) / model.config.sampling_rate,
-        convert=lambda waveforms: encode_waveforms(
-            model, waveforms, args.num_quantizers, max_batch_seconds=args.batch_seconds
+        convert=lambda waveforms, progress: encode_waveforms(
+            model, waveforms, args.num_quantizers, max_batch_seconds=args.batch_seconds, progress=progress
         ),
         save=save,
     )
@@ -118,8 +118,8 @@ def run_decode(args: argparse.Namespace) -> int:
         args,
         load=load,
         seconds=lambda codes: codes.seconds,
-        convert=lambda clips: decode_codes(
-            model, [clip.codes for clip in clips], max_batch_seconds=args.batch_seconds
+        convert=lambda clips, progress: decode_codes(
+            model, [clip.codes for clip in clips], max_batch_seconds=args.batch_seconds, progress=progress
         ),
         save=lambda target, codes, waveform: save_audio(target, waveform[: codes.num_samples], codes.sampling_rate),
     )
@@ -151,13 +151,22 @@ def run_roundtrip(args: argparse.Namespace) -> int:
         raise ValueError(f"{args.output} is the input itself; accepted: another file")
     model = load_converter(args, args.num_quantizers, decodes=True)
     sampling_rate = model.config.sampling_rate
+
+    def convert(waveforms: list[torch.Tensor], progress: Progress) -> list[torch.Tensor]:
+        def half(seconds: float) -> None:
+            progress(seconds / 2)
+
+        return decode_codes(
+            model, encode_waveforms(model, waveforms, args.num_quantizers, progress=half), progress=half
+        )
+
     return _convert_files(
         "encoded and decoded",
         {args.output: args.input},
         args,
         load=lambda path: load_audio(path, sampling_rate),
         seconds=lambda waveform: len(waveform) / sampling_rate,
-        convert=lambda waveforms: decode_codes(model, encode_waveforms(model, waveforms, args.num_quantizers)),
+        convert=convert,
         save=lambda target, waveform, decoded: save_audio(target, decoded[: len(waveform)], sampling_rate),
     )
 
@@ -233,7 +242,7 @@ def _convert_files(
     *,
     load: Callable[[Path], Item],
     seconds: Callable[[Item], float],
-    convert: Callable[[list[Item]], list[Result]],
+    convert: Callable[[list[Item], Progress], list[Result]],
     save: Callable[[Path, Item, Result], None],
 ) -> int:
     """Load, convert and save files, a few batches of them in memory at a time, and say what was done.
@@ -243,13 +252,14 @@ def _convert_files(
     Args:
         done: what happens to the files, for people.
         files: output to input.
-        load, seconds, convert, save: of one input, its duration, of many of them, and of one output.
+        load, seconds, convert, save: of one input, its duration, of many of them, and of one output. `convert` tells
+            how many seconds of audio it has done.
 
     Returns:
         The exit status: 1 if a file was left out.
     """
     started = time.perf_counter()
-    converted, total = 0, 0.0
+    converted, total, processed = 0, 0.0, 0.0
 
     with tqdm(desc=done, total=len(files), unit="file", disable=None) as bar:
 
@@ -263,9 +273,15 @@ def _convert_files(
                 else:
                     yield target, item
 
+        def advance(seconds: float) -> None:
+            nonlocal processed
+            processed += seconds
+            rate = processed / (time.perf_counter() - started)
+            bar.set_postfix_str(f"{processed:.1f} s of audio, {rate:.1f} s/s")
+
         budget = _BATCHES_LOADED * args.batch_seconds
         for chunk in group_by_seconds(load_all(), lambda entry: seconds(entry[1]), budget):
-            results = convert_each(convert, [item for _, item in chunk])
+            results = convert_each(lambda items: convert(items, advance), [item for _, item in chunk])
             for (target, item), result in zip(chunk, results, strict=True):
                 bar.update()
                 if isinstance(result, Exception):
@@ -278,7 +294,6 @@ def _convert_files(
                     continue
                 converted += 1
                 total += seconds(item)
-            bar.set_postfix_str(f"{total:.1f} s of audio")
 
     if converted:
         elapsed = time.perf_counter() - started

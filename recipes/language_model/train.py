@@ -1,0 +1,189 @@
+"""A small causal language model of MiMo-Audio's first 8 codebooks, on accelerate.
+
+    accelerate launch recipes/language_model/train.py --audio recordings/*.wav --tokenizer tiny --steps 200
+    accelerate launch recipes/language_model/train.py --codes tokens --tokenizer tiny --steps 200
+
+With --audio, codes are extracted on the fly by the frozen tokenizer, on the device that trains; with --codes they are
+those of a folder that `mimo-audio tokenize` wrote. The model is for showing how: its embeddings of the 8 codebooks add
+up, and a linear layer of its own predicts each. (MiMo-Audio itself joins 4 frames to a patch, with a small transformer
+before and after the large one.)
+"""
+
+from __future__ import annotations
+
+import argparse
+import random
+import statistics
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from accelerate import Accelerator
+from accelerate.utils import set_seed
+from datasets import load_dataset
+from torch import nn
+from torch.utils.data import DataLoader, Dataset
+from tqdm import tqdm
+from transformers import AutoModel, LlamaConfig
+
+from mimo_audio_hf import load_audio, load_model, optimize_for_inference
+from mimo_audio_hf.checkpoints import RELEASED_MODEL
+from mimo_audio_hf.language_model import IGNORED, AudioCodesCollator
+
+
+class AudioLanguageModel(nn.Module):
+    """A causal transformer over steps of several codebooks.
+
+    Args:
+        vocabulary_sizes: of each codebook.
+        config: of a transformers model that takes `inputs_embeds`.
+    """
+
+    def __init__(self, vocabulary_sizes: Sequence[int], config: Any) -> None:
+        super().__init__()
+        self.sizes = list(vocabulary_sizes)
+        self.embedding = nn.Embedding(sum(self.sizes), config.hidden_size)
+        self.transformer = AutoModel.from_config(config)
+        self.transformer.set_input_embeddings(None)  # it takes ours
+        self.head = nn.Linear(config.hidden_size, sum(self.sizes), bias=False)
+        offsets = torch.tensor([0, *self.sizes[:-1]]).cumsum(0)
+        self.register_buffer("offsets", offsets, persistent=False)
+
+    def forward(
+        self, input_ids: torch.Tensor, attention_mask: torch.Tensor, labels: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Loss, and that of each codebook (Q,). Arguments as [`AudioCodesCollator`] makes them."""
+        embedded = self.embedding(input_ids[:, :-1] + self.offsets).sum(2)
+        hidden = self.transformer(inputs_embeds=embedded, attention_mask=attention_mask[:, :-1]).last_hidden_state
+        logits = self.head(hidden).float().split(self.sizes, dim=-1)
+        losses = torch.stack(
+            [
+                F.cross_entropy(book.flatten(0, 1), labels[:, 1:, number].flatten(), ignore_index=IGNORED)
+                for number, book in enumerate(logits)
+            ]
+        )
+        return losses.mean(), losses.detach()
+
+
+class AudioFiles(Dataset):
+    """Crops of audio files, read when they are asked for."""
+
+    def __init__(self, paths: Sequence[str], seconds: float) -> None:
+        self.paths = paths
+        self.samples = round(seconds * 24000)
+
+    def __len__(self) -> int:
+        return len(self.paths)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        waveform = load_audio(self.paths[index])
+        start = random.randint(0, max(0, len(waveform) - self.samples))
+        return {"audio": waveform[start : start + self.samples]}
+
+
+def crop_codes(examples: Sequence[Mapping[str, Any]], frames: int) -> list[dict[str, Any]]:
+    cropped = []
+    for example in examples:
+        codes = torch.as_tensor(example["audio_codes"])
+        start = random.randint(0, max(0, len(codes) - frames))
+        cropped.append({"audio_codes": codes[start : start + frames]})
+    return cropped
+
+
+def forever(loader: DataLoader) -> Iterator[Any]:
+    while True:
+        yield from loader
+
+
+def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    source = parser.add_mutually_exclusive_group(required=True)
+    source.add_argument("--audio", nargs="+", help="audio files")
+    source.add_argument("--codes", help="a folder that `mimo-audio tokenize` wrote")
+    parser.add_argument("--tokenizer", default=RELEASED_MODEL, help="(default: %(default)s)")
+    parser.add_argument("--num-quantizers", type=int, default=8)
+    parser.add_argument("--steps", type=int, default=1000)
+    parser.add_argument("--batch-size", type=int, default=8, help="clips a process (default: %(default)s)")
+    parser.add_argument("--seconds", type=float, default=10.0, help="of a crop (default: %(default)s)")
+    parser.add_argument("--hidden-size", type=int, default=256)
+    parser.add_argument("--layers", type=int, default=4)
+    parser.add_argument("--learning-rate", type=float, default=1e-3)
+    parser.add_argument("--workers", type=int, default=2)
+    parser.add_argument("--seed", type=int, default=0)
+    return parser.parse_args(argv)
+
+
+def train(args: argparse.Namespace) -> dict[str, Any]:
+    """Trains, and returns the losses and the median seconds of a step and of making its batch."""
+    accelerator = Accelerator(mixed_precision="bf16")
+    set_seed(args.seed, device_specific=True)
+    # The frozen tokenizer is on each process's device and no part of what is trained. It runs in its own dtype.
+    dtype = torch.bfloat16 if accelerator.device.type == "cuda" else torch.float32
+    tokenizer = load_model(args.tokenizer, device=str(accelerator.device), dtype=dtype)
+    optimize_for_inference(tokenizer)
+    collator = AudioCodesCollator(tokenizer if args.audio else tokenizer.config, args.num_quantizers)
+    if args.audio:
+        data: Any = AudioFiles(args.audio, args.seconds)
+    else:
+        data = load_dataset(args.codes, split="train").with_format("numpy")
+    # Workers read; the batch is made in the loop, where the tokenizer is.
+    loader = DataLoader(data, args.batch_size, shuffle=True, num_workers=args.workers, collate_fn=list)
+    config = LlamaConfig(
+        hidden_size=args.hidden_size,
+        intermediate_size=4 * args.hidden_size,
+        num_hidden_layers=args.layers,
+        num_attention_heads=args.hidden_size // 64,
+        vocab_size=1,  # of tokens that are not there
+        bos_token_id=None,
+        eos_token_id=None,
+    )
+    model = AudioLanguageModel(collator.vocabulary_sizes, config)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=args.learning_rate)
+    model, optimizer = accelerator.prepare(model, optimizer)
+    # Examples stay on the host until they are a batch.
+    loader = accelerator.prepare_data_loader(loader, device_placement=False)
+
+    losses, seconds, batch_seconds = [], [], []
+    batches = forever(loader)
+    with tqdm(total=args.steps, desc="training", disable=None if accelerator.is_main_process else True) as bar:
+        for _ in range(args.steps):
+            examples = next(batches)
+            started = time.perf_counter()
+            if args.codes:
+                examples = crop_codes(examples, round(args.seconds * tokenizer.config.frame_rate))
+            batch = collator(examples)
+            batch = {name: tensor.to(accelerator.device) for name, tensor in batch.items()}
+            _wait(accelerator.device)
+            made = time.perf_counter()
+            loss, _ = model(**batch)
+            optimizer.zero_grad()
+            accelerator.backward(loss)
+            accelerator.clip_grad_norm_(model.parameters(), 1.0)
+            optimizer.step()
+            losses.append(accelerator.reduce(loss.detach(), "mean").item())
+            seconds.append(time.perf_counter() - started)
+            batch_seconds.append(made - started)
+            bar.update()
+            bar.set_postfix_str(f"loss {losses[-1]:.3f}")
+    accelerator.end_training()
+    accelerator.print(
+        f"loss {losses[0]:.3f} -> {losses[-1]:.3f}; a step took {1000 * statistics.median(seconds):.0f} ms, "
+        f"{1000 * statistics.median(batch_seconds):.0f} ms of it to make the batch"
+    )
+    return {
+        "losses": losses,
+        "step_seconds": statistics.median(seconds),
+        "batch_seconds": statistics.median(batch_seconds),
+    }
+
+
+def _wait(device: torch.device) -> None:
+    """For the time that the batch takes alone; a run that is not timed need not."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+if __name__ == "__main__":
+    train(parse_arguments())

@@ -1,0 +1,190 @@
+# Copyright 2026 The mimo-audio-hf authors. Licensed under the Apache License, Version 2.0.
+"""`mimo-audio stream`: a microphone, or a file as if it were one, through encoder and decoder while it runs."""
+
+from __future__ import annotations
+
+import argparse
+import queue
+import signal
+import time
+from collections.abc import Iterator
+from contextlib import ExitStack
+from typing import Any
+
+import numpy as np
+import torch
+from tqdm import tqdm
+
+from ..audio import load_audio, save_audio
+from ..streaming import StreamingDecoder, StreamingEncoder
+from .options import (
+    OUTPUT_SUFFIXES,
+    Subparsers,
+    add_model_options,
+    add_num_quantizers,
+    count_from_zero,
+    load_converter,
+    path_argument,
+    positive_count,
+    positive_number,
+)
+
+
+# Samples come in blocks of so many code frames (0.2 s).
+BLOCK_FRAMES = 5
+
+
+def add_stream(subparsers: Subparsers) -> None:
+    parser = subparsers.add_parser(
+        "stream",
+        help="a microphone or a file, live through encoder and decoder",
+        description="Encode audio while it is recorded and decode its codes at once, showing the latency. A file is "
+        "read at the speed at which it was recorded. Without IN the microphone is recorded until Ctrl-C, for which "
+        "the package sounddevice is needed.",
+    )
+    parser.add_argument("input", nargs="?", type=path_argument, metavar="IN", help="audio file (default: microphone)")
+    parser.add_argument(
+        "-o",
+        "--output",
+        type=path_argument,
+        metavar="OUT",
+        help=f"audio file for what comes back: a name ending in {', '.join(OUTPUT_SUFFIXES)}",
+    )
+    parser.add_argument("--play", action="store_true", help="play what comes back; needs sounddevice (use headphones)")
+    parser.add_argument("--no-wait", action="store_true", help="read the file as fast as the model runs")
+    parser.add_argument("--seconds", type=positive_number, metavar="S", help="stop after so many seconds of audio")
+    parser.add_argument(
+        "--look-ahead",
+        type=count_from_zero,
+        metavar="N",
+        help="frames of 40 ms that an encoder which looks ahead sees after those it gives out (default: 25)",
+    )
+    parser.add_argument(
+        "--encoder-chunk",
+        type=positive_count,
+        metavar="N",
+        help="frames that such an encoder gives out at a time (default: 10)",
+    )
+    add_num_quantizers(parser)
+    add_model_options(parser)
+    parser.set_defaults(run=run_stream)
+
+
+def run_stream(args: argparse.Namespace) -> None:
+    if args.output is not None and args.output.suffix.lower() not in OUTPUT_SUFFIXES:
+        raise ValueError(f"{args.output}: accepted: a file name ending in {', '.join(OUTPUT_SUFFIXES)}")
+    if args.no_wait and args.input is None:
+        raise ValueError("--no-wait without IN; accepted: both")
+    model = load_converter(args, args.num_quantizers, decodes=True)
+    config = model.config
+    rate, block = config.sampling_rate, BLOCK_FRAMES * config.samples_per_frame
+    options = {"right_context": args.look_ahead, "chunk_frames": args.encoder_chunk}
+    if any(right != 0 for _, right in model.encoder.windows):
+        options["chunk_frames"] = args.encoder_chunk or 10
+    encoder = StreamingEncoder(model, num_quantizers=args.num_quantizers, **options)
+    decoder = StreamingDecoder.low_latency(model)
+
+    with ExitStack() as stack:
+        speaker = stack.enter_context(_sounddevice().OutputStream(rate, channels=1)) if args.play else None
+        if args.input is None:
+            blocks = stack.enter_context(_Microphone(rate, block))
+        else:
+            waveform = load_audio(args.input, rate)
+            blocks = _blocks_of_file(waveform, block, 0.0 if args.no_wait else 1 / rate)
+        # What the first call of a model costs is no one's latency.
+        decoder.push(encoder.push(torch.zeros(block), last=True))
+        encoder.reset()
+        decoder.reset()
+        audio: list[torch.Tensor] = []
+        delays: list[float] = []  # how far behind the recording a player would be
+        first_codes = busy = slowest = start = 0.0
+        received = codes = emitted = 0
+        most = None if args.seconds is None else round(args.seconds * rate)
+        with tqdm(bar_format="streamed {n:.1f} s [{elapsed}{postfix}]", disable=None) as bar:
+            for samples, is_last in _with_last(blocks, most):
+                arrived = time.perf_counter()
+                if not received:
+                    start = arrived - len(samples) / rate
+                new_codes = encoder.push(samples, last=is_last)
+                new_audio = decoder.push(new_codes, last=is_last)
+                computed = time.perf_counter() - arrived
+                received += len(samples)
+                now = received / rate + computed if args.no_wait else arrived + computed - start
+                if speaker is not None and len(new_audio):
+                    speaker.write(new_audio.numpy())
+                if len(new_codes) and not codes:
+                    first_codes = now
+                if len(new_audio):
+                    delays.append(now - emitted / rate)
+                    bar.set_postfix_str(f"latency {delays[-1]:.2f} s, {1000 * computed:.0f} ms of it computing")
+                audio.append(new_audio)
+                codes, emitted = codes + len(new_codes), emitted + len(new_audio)
+                busy, slowest = busy + computed, max(slowest, computed)
+                bar.update(len(samples) / rate)
+    if not received:
+        print("nothing was recorded")
+        return
+    if args.output is not None:
+        save_audio(args.output, torch.cat(audio)[:received], rate)
+    print(
+        f"{received / rate:.2f} s of audio streamed as {codes} frames of codes"
+        f"{'' if args.output is None else f' -> {args.output}'}; first codes after {first_codes:.2f} s, first audio "
+        f"after {delays[0]:.2f} s, at most {max(delays):.2f} s behind; computing took "
+        f"{busy * rate / received:.0%} of the time, {1000 * slowest:.0f} ms at most"
+    )
+
+
+def _sounddevice() -> Any:
+    try:
+        import sounddevice
+    except (ImportError, OSError) as error:  # OSError: without PortAudio
+        raise ValueError(
+            f"microphone and speaker need the package sounddevice ({error}); accepted: a file, or after "
+            "`pip install sounddevice`"
+        ) from error
+    return sounddevice
+
+
+def _blocks_of_file(waveform: torch.Tensor, block: int, seconds_per_sample: float) -> Iterator[torch.Tensor]:
+    """Blocks of a file, each when it would have been recorded."""
+    started = time.perf_counter()
+    received = 0
+    for samples in waveform.split(block):
+        received += len(samples)
+        time.sleep(max(0.0, started + received * seconds_per_sample - time.perf_counter()))
+        yield samples
+
+
+class _Microphone:
+    """Blocks of the microphone's samples, until Ctrl-C."""
+
+    def __init__(self, rate: int, block: int) -> None:
+        self._blocks: queue.Queue[torch.Tensor | None] = queue.Queue()
+        self._stream = _sounddevice().InputStream(rate, blocksize=block, channels=1, callback=self._take)
+
+    def _take(self, samples: np.ndarray, frames: int, time_info: Any, status: Any) -> None:
+        self._blocks.put(torch.from_numpy(samples[:, 0].copy()))
+
+    def __enter__(self) -> Iterator[torch.Tensor]:
+        # Whatever runs when it comes: what was recorded is still to be given out.
+        self._handler = signal.signal(signal.SIGINT, lambda *_: self._blocks.put(None))
+        self._stream.start()
+        return iter(self._blocks.get, None)
+
+    def __exit__(self, *error: object) -> None:
+        signal.signal(signal.SIGINT, self._handler)
+        self._stream.stop()
+        self._stream.close()
+
+
+def _with_last(blocks: Iterator[torch.Tensor], most: int | None) -> Iterator[tuple[torch.Tensor, bool]]:
+    """Blocks of at most so many samples, and at the end nothing, as the last one."""
+    received = 0
+    for samples in blocks:
+        if most is not None:
+            samples = samples[: most - received]
+        received += len(samples)
+        yield samples, False
+        if most is not None and received >= most:
+            break
+    yield torch.empty(0), True

@@ -1,0 +1,160 @@
+"""Codes for language models: delays, batches on the fly and stored, and the example that trains on them."""
+
+from __future__ import annotations
+
+import runpy
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from accelerate.state import AcceleratorState
+
+from mimo_audio_hf import encode_waveforms, load_audio, load_model
+from mimo_audio_hf.cli import main
+from mimo_audio_hf.language_model import IGNORED, AudioCodesCollator, delay_codes, undelay_codes
+
+
+ROOT = Path(__file__).parent.parent
+RECORDING = ROOT / "tests" / "fixtures" / "audio" / "prompt_speech_en_m.wav"
+RECIPE = ROOT / "recipes" / "language_model" / "train.py"
+
+
+@pytest.fixture(scope="module")
+def model():
+    return load_model("tiny", device="cpu").freeze()
+
+
+@pytest.fixture(scope="module")
+def clips():
+    return [clip.clone() for clip in load_audio(RECORDING)[:80_000].split([30_000, 4000, 46_000])]
+
+
+def test_delays():
+    codes = torch.tensor([[1, 2, 3], [4, 5, 6]])
+    delayed = delay_codes(codes, [90, 91, 92])
+    assert delayed.tolist() == [[1, 91, 92], [4, 2, 92], [90, 5, 3], [90, 91, 6]]
+    assert torch.equal(undelay_codes(delayed), codes)
+    delayed = delay_codes(codes, [90, 91, 92], delays=[1, 0, 1])
+    assert delayed.tolist() == [[90, 2, 92], [1, 5, 3], [4, 91, 6]]
+    assert torch.equal(undelay_codes(delayed, [1, 0, 1]), codes)
+
+
+def test_delays_within_patches():
+    codes = torch.randint(100, (12, 8), generator=torch.Generator().manual_seed(0))
+    patches = codes.unflatten(0, (-1, 4))
+    delayed = delay_codes(patches, [100] * 8)
+    assert delayed.shape == (3, 11, 8)
+    for patch, expected in zip(delayed, patches, strict=True):
+        assert torch.equal(patch, delay_codes(expected, [100] * 8))
+    assert torch.equal(undelay_codes(delayed).flatten(0, 1), codes)
+
+
+def test_bad_delays():
+    codes = torch.zeros(5, 3, dtype=torch.long)
+    for call, message in (
+        (lambda: delay_codes(codes, [1, 1]), "empty=.* for 3 codebooks"),
+        (lambda: delay_codes(codes, [1, 1, 1], [0, 1]), r"delays=\[0, 1\] for 3 codebooks"),
+        (lambda: delay_codes(codes, [1, 1, 1], [0, -1, 0]), r"delays=\[0, -1, 0\]"),
+        (lambda: undelay_codes(codes[:1]), "1 steps with delays"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            call()
+
+
+def test_batches_hold_the_delayed_codes_of_each_clip(model, clips):
+    batch = AudioCodesCollator(model)([{"audio": clip} for clip in clips])
+    codes = encode_waveforms(model, clips, 8)
+    empty = torch.tensor([1024, 1024, *[128] * 6])
+    frames = [len(each) for each in codes]
+    assert batch["input_ids"].shape == (3, 1 + max(frames) + 7, 8)
+    for clip, expected in enumerate(codes):
+        length = 1 + len(expected) + 7
+        ids = batch["input_ids"][clip]
+        assert torch.equal(ids[0], empty)
+        assert torch.equal(undelay_codes(ids[1:length]), expected)
+        assert (ids[length:] == empty).all()
+        assert batch["attention_mask"][clip].tolist() == [1] * length + [0] * (len(ids) - length)
+        labels = batch["labels"][clip]
+        assert (labels != IGNORED).sum() == expected.numel()
+        assert torch.equal(labels[labels != IGNORED], ids[labels != IGNORED])
+        assert (ids[labels == IGNORED] == empty.expand_as(ids)[labels == IGNORED]).all()
+
+
+def test_stored_codes_give_the_batch_of_their_audio(model, clips):
+    codes = encode_waveforms(model, clips)
+    on_the_fly = AudioCodesCollator(model)([{"audio": clip} for clip in clips])
+    stored = AudioCodesCollator(model.config)([{"audio_codes": each.numpy().astype(np.int16)} for each in codes])
+    mixed = AudioCodesCollator(model)(
+        [
+            {"audio": {"array": clips[0].numpy(), "sampling_rate": 24000}},
+            {"audio_codes": codes[1].tolist(), "audio": None},
+            {"audio": clips[2]},
+        ]
+    )
+    for name, expected in on_the_fly.items():
+        assert torch.equal(stored[name], expected)
+        assert torch.equal(mixed[name], expected)
+
+
+def test_bad_examples(model, clips):
+    collator = AudioCodesCollator(model)
+    for example, message in (
+        ({}, "audio of example 1: no audio_codes, and without audio"),
+        ({"audio": torch.zeros(0)}, "audio of example 1 .*not empty"),
+        ({"audio": "missing.wav"}, "audio of example 1: .*missing.wav"),
+        ({"audio_codes": torch.zeros(5, 7, dtype=torch.long)}, "example 1 are of 7 codebooks; accepted: 8 or more"),
+        ({"audio_codes": torch.full((5, 8), 128)}, "example 1.*128 for codebook 2"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            collator([{"audio": clips[0]}, example])
+    with pytest.raises(ValueError, match="audio of example 0: .* without a tokenizer"):
+        AudioCodesCollator(model.config)([{"audio": clips[0]}])
+    with pytest.raises(ValueError, match="num_quantizers=21; accepted: 1 to 20"):
+        AudioCodesCollator(model, 21)
+    with pytest.raises(ValueError, match=r"delays=\[0, 1\] for 8 codebooks"):
+        AudioCodesCollator(model, delays=[0, 1])
+
+
+@pytest.fixture(autouse=True)
+def fresh_accelerator_state():
+    """accelerate keeps one mixed precision a process."""
+    AcceleratorState._reset_state(reset_partial_state=True)
+    yield
+    AcceleratorState._reset_state(reset_partial_state=True)
+
+
+@pytest.fixture(scope="module")
+def recipe():
+    return runpy.run_path(str(RECIPE))
+
+
+def test_the_example_learns_on_the_fly_and_from_stored_codes(recipe, tmp_path, write_audio):
+    options = ["--tokenizer", "tiny", "--steps", "30", "--batch-size", "2", "--seconds", "1", "--workers", "0"]
+    options += ["--hidden-size", "64", "--layers", "1", "--learning-rate", "0.01"]
+    train, parse = recipe["train"], recipe["parse_arguments"]
+    losses = train(parse(["--audio", str(RECORDING), str(RECORDING), *options]))["losses"]
+    assert sum(losses[-5:]) < sum(losses[:5]) - 5
+    assert main(["tokenize", str(RECORDING.parent), str(tmp_path), "--model", "tiny", "--device", "cpu"]) == 0
+    losses = train(parse(["--codes", str(tmp_path), *options]))["losses"]
+    assert sum(losses[-5:]) < sum(losses[:5]) - 5
+
+
+def test_the_examples_model_sees_nothing_of_later_steps(recipe):
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
+    config = recipe["LlamaConfig"](**sizes, vocab_size=1, bos_token_id=None, eos_token_id=None)
+    language_model = recipe["AudioLanguageModel"]([5, 4], config).eval()
+    ids = torch.randint(4, (1, 9, 2))
+    ones = torch.ones(1, 9, dtype=torch.long)
+
+    def losses(ids: torch.Tensor, step: int) -> torch.Tensor:
+        """Of each codebook, of predicting one step."""
+        labels = torch.full_like(ids, IGNORED)
+        labels[:, step] = 1
+        return language_model(ids, ones, labels)[1]
+
+    changed = ids.clone()
+    changed[:, 5:] = (changed[:, 5:] + 1) % 4
+    torch.testing.assert_close(losses(changed, 5), losses(ids, 5))
+    assert not torch.allclose(losses(changed, 6), losses(ids, 6))
