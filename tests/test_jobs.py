@@ -108,6 +108,32 @@ def test_load_dataset_reads_the_result(tokenize, folder, expected, tmp_path):
     assert all(torch.equal(torch.tensor(row["audio_codes"]), expected[row["key"]][:, :3]) for row in dataset)
 
 
+def test_load_dataset_reads_what_is_there_now(tmp_path, write_audio, tiny_checkpoint):
+    """Its cache knows such a directory by its last name and its README."""
+    arguments = ["--model", str(tiny_checkpoint), "--device", "cpu", "--num-workers", "0"]
+    cache = str(tmp_path / "cache")
+
+    def keys(out: Path) -> list[str]:
+        return sorted(load_dataset(str(out), split="train", cache_dir=cache)["key"])
+
+    for name in ("a", "b"):
+        write_audio(tmp_path / name / "audio" / f"{name}.wav", 5000)
+        assert main(["tokenize", str(tmp_path / name / "audio"), str(tmp_path / name / "out"), *arguments]) == 0
+        assert keys(tmp_path / name / "out") == [f"{name}.wav"]
+    readme = tmp_path / "b" / "out" / "README.md"
+    written = readme.read_text()
+    assert main(["tokenize", str(tmp_path / "b" / "audio"), str(tmp_path / "b" / "out"), *arguments]) == 0
+    assert readme.read_text() == written
+    write_audio(tmp_path / "b" / "audio" / "c.wav", 5000)
+    assert main(["tokenize", str(tmp_path / "b" / "audio"), str(tmp_path / "b" / "out"), *arguments]) == 0
+    assert keys(tmp_path / "b" / "out") == ["b.wav", "c.wav"]
+    # Another README than a job's is left alone.
+    readme.write_text("# Mine\n")
+    write_audio(tmp_path / "b" / "audio" / "d.wav", 5000)
+    assert main(["tokenize", str(tmp_path / "b" / "audio"), str(tmp_path / "b" / "out"), *arguments]) == 0
+    assert readme.read_text() == "# Mine\n"
+
+
 def test_a_list_of_json_lines(tokenize, folder, expected, tmp_path):
     lines = [
         {"wav": os.path.relpath(folder / key, tmp_path), "key": index, "text": "ä", "score": index % 2 or 0.5}

@@ -40,12 +40,13 @@ from mimo_audio_hf import (
 )
 from mimo_audio_hf.cli import main
 from mimo_audio_hf.modeling_mimo_audio_tokenizer import MiMoAudioTokenizerEncoder
+from mimo_audio_hf.pictures import reconstruction_figure, save_figure
 from mimo_audio_hf.training import NonFiniteLossError, Trainer
 from mimo_audio_hf.training.batch import Collator
 from mimo_audio_hf.training.config import TrainingConfig, read_yaml
 from mimo_audio_hf.training.data import Clips, PlannedBatch, open_dataset, plan_epoch, plan_run
 from mimo_audio_hf.training.losses import MultiScaleMelLoss
-from mimo_audio_hf.training.pictures import reconstruction_figure, save_figure, training_figure
+from mimo_audio_hf.training.pictures import training_figure
 from mimo_audio_hf.training.step import TrainingStep, make_accelerator
 
 

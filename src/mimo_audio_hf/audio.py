@@ -1,6 +1,6 @@
 """Reading, resampling and writing audio.
 
-The tokenizer works on mono float32 at 24 kHz. :func:`load_audio` brings any file there, :func:`save_audio` writes
+The tokenizer works on mono float32 at 24 kHz. [`load_audio`] brings any file there, [`save_audio`] writes
 what comes back. Files go through soundfile (libsndfile), whose wheels carry their own decoders: nothing else has to
 be installed.
 
@@ -27,7 +27,7 @@ from .files import replacing
 
 
 class AudioDecoder(Protocol):
-    """What :func:`load_audio` needs of a torchcodec ``AudioDecoder`` (or of the one that ``datasets`` hands out)."""
+    """What [`load_audio`] needs of a torchcodec ``AudioDecoder`` (or of the one that ``datasets`` hands out)."""
 
     def get_all_samples(self) -> Any:
         """Return an object with ``data``, a (channels, samples) tensor, and ``sample_rate`` in Hz."""

@@ -13,6 +13,7 @@ import huggingface_hub.utils
 import torch
 import transformers
 
+from .commands.demo import add_demo
 from .commands.evaluate import add_evaluate
 from .commands.files import add_decode, add_encode, add_roundtrip
 from .commands.hub import add_hub
@@ -36,6 +37,7 @@ COMMANDS: tuple[Callable[[Subparsers], object], ...] = (
     add_evaluate,
     add_hub,
     add_train,
+    add_demo,
 )
 
 
@@ -45,14 +47,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     Returns:
         The exit status: 0, or 1 if anything failed. Bad usage exits with 2, as argparse does.
     """
-    parser: argparse.ArgumentParser = _Parser(
-        prog="mimo-audio", description="MiMo-Audio tokenizer: audio to codes and back."
-    )
-    parser.add_argument("--version", action="version", version=f"%(prog)s {__version__}")
-    subparsers = parser.add_subparsers(required=True, metavar="COMMAND")
-    for add_command in COMMANDS:
-        add_command(subparsers)
-    args = parser.parse_args(argv)
+    args = make_parser().parse_args(argv)
 
     logging.basicConfig(format="mimo-audio: %(message)s")
     transformers.logging.set_verbosity_error()
@@ -65,6 +60,18 @@ def main(argv: Sequence[str] | None = None) -> int:
     except torch.OutOfMemoryError:
         report(OUT_OF_MEMORY)
     return 1
+
+
+def make_parser() -> argparse.ArgumentParser:
+    """The parser of all commands. What it parses has the function to call as `run`."""
+    parser: argparse.ArgumentParser = _Parser(
+        prog="mimo-audio", description="MiMo-Audio tokenizer: audio to codes and back."
+    )
+    parser.add_argument("--version", action="version", version=f"%(prog)s {__version__}")
+    subparsers = parser.add_subparsers(required=True, metavar="COMMAND")
+    for add_command in COMMANDS:
+        add_command(subparsers)
+    return parser
 
 
 class _Parser(argparse.ArgumentParser):

@@ -176,8 +176,8 @@ def read_list(path: str | Path, task: str) -> tuple[list[dict[str, Any]], list[s
     return lines, problems
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command line. Returns the exit status: 0, or 1 if anything failed."""
+def make_parser() -> argparse.ArgumentParser:
+    """The parser of the command's options."""
     parser = argparse.ArgumentParser(prog="mimo_audio_tokenizer", description="A list of clips to tokens and back.")
     parser.add_argument("--model_path", required=True, help="directory or Hub id of the model")
     parser.add_argument("--data_list", required=True, help="JSON lines with key, wav, quantized_tokens, ...")
@@ -192,7 +192,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         choices=["float32", "bfloat16", "float16", *QUANTIZATIONS],
         help="of the weights (default: bfloat16 on CUDA, else float32); int8 on CPUs and fp8 on GPUs are less exact",
     )
-    args = parser.parse_args(argv)
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line. Returns the exit status: 0, or 1 if anything failed."""
+    args = make_parser().parse_args(argv)
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
     try:

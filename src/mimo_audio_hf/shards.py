@@ -13,6 +13,7 @@ A shard's own metadata repeat what it is made of, so that none is ever taken for
 
 from __future__ import annotations
 
+import hashlib
 import json
 import logging
 import os
@@ -52,10 +53,12 @@ configs:
   data_files:
   - split: train
     path: data/*.parquet
+  description: shards {digest}
 ---
 
 Written by `mimo-audio {task}`: see manifest.json.
 """
+_README_WRITER = "\nWritten by `mimo-audio "
 
 Settings = Mapping[str, Any]
 
@@ -199,11 +202,25 @@ class ShardDirectory:
         }
         with replacing(self.manifest) as temporary:
             temporary.write_text(json.dumps(document, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-        readme = self.path / "README.md"
-        if not readme.exists():
-            with replacing(readme) as temporary:
-                temporary.write_text(_README.format(task=self.settings["task"]), encoding="utf-8")
+        self._write_readme()
         return document
+
+    def _write_readme(self) -> None:
+        """Or write it anew, unless somebody else has put another one there.
+
+        `datasets` caches what it reads of such a directory under the directory's last name and what its README says,
+        not under the files: without a digest of them it would answer with what lay there before, or in another job's
+        directory of that name.
+        """
+        found = sorted((path.name, path.stat()) for path in self.data.glob("*.parquet"))
+        described = [(name, status.st_size, status.st_mtime_ns) for name, status in found]
+        digest = hashlib.sha256(json.dumps(described).encode()).hexdigest()[:16]
+        text = _README.format(task=self.settings["task"], digest=digest)
+        readme = self.path / "README.md"
+        present = readme.read_text(encoding="utf-8") if readme.exists() else None
+        if present is None or (_README_WRITER in present and present != text):
+            with replacing(readme) as temporary:
+                temporary.write_text(text, encoding="utf-8")
 
     def add_error(self, process: int, key: str, error: str) -> None:
         """Note that a clip failed."""

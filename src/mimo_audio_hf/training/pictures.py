@@ -1,58 +1,14 @@
 # Copyright 2026 The mimo-audio-hf authors. Licensed under the Apache License, Version 2.0.
-"""Pictures of a training run: what became of a clip, and how the losses went. They need matplotlib (extra `train`)."""
+"""The picture of a training run: how losses and metrics went. It needs matplotlib (extra `train`)."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from pathlib import Path
 from typing import TYPE_CHECKING
-
-import torch
-
-from ..feature_extraction_mimo_audio_tokenizer import MiMoAudioTokenizerFeatureExtractor
-from ..files import replacing
-from .data import SILENCE
 
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
-
-# Of log-mels: what is shown below a clip's loudest place, in nepers (-80 dB).
-_SHOWN_RANGE = 9.2
-
-
-def reconstruction_figure(
-    recording: torch.Tensor, decoded: torch.Tensor, extractor: MiMoAudioTokenizerFeatureExtractor
-) -> Figure:
-    """Waveforms and log-mels of a recording and of what was decoded, (samples,) both, on the same scales.
-
-    The scales are the recording's; where that is silent, those of what was decoded.
-    """
-    from matplotlib.figure import Figure
-
-    seconds = len(recording) / extractor.sampling_rate
-    mels = [extractor.log_mel_spectrogram(waveform.cpu()) for waveform in (recording, decoded)]
-    peaks = [float(waveform.abs().max()) for waveform in (recording, decoded)]
-    measure = 1 if peaks[0] < SILENCE else 0
-    loudest = float(mels[measure].max())
-    peak = max(SILENCE, peaks[measure])
-    figure = Figure(figsize=(10, 5), layout="constrained")
-    panels = figure.subplots(2, 2, sharex=True, sharey="row")
-    times = torch.arange(len(recording)) / extractor.sampling_rate
-    for column, (title, waveform) in enumerate((("recording", recording), ("decoded", decoded))):
-        panels[0, column].plot(times.numpy(), waveform.cpu().numpy(), linewidth=0.3)
-        panels[0, column].set(title=title, ylim=(-1.1 * peak, 1.1 * peak))
-        panels[1, column].imshow(
-            mels[column].numpy(),
-            origin="lower",
-            aspect="auto",
-            extent=(0, seconds, 0, len(mels[column])),
-            vmin=loudest - _SHOWN_RANGE,
-            vmax=loudest,
-        )
-        panels[1, column].set(xlabel="s")
-    panels[1, 0].set(ylabel="mel bin")
-    return figure
 
 
 def training_figure(log: Iterable[Mapping[str, float]]) -> Figure:
@@ -80,9 +36,3 @@ def training_figure(log: Iterable[Mapping[str, float]]) -> Figure:
     for panel in panels[len(names) :]:
         panel.remove()
     return figure
-
-
-def save_figure(path: Path, figure: Figure) -> None:
-    """Write a figure as PNG."""
-    with replacing(path) as temporary:
-        figure.savefig(temporary, format="png", dpi=100)

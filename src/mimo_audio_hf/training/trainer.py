@@ -37,6 +37,7 @@ from ..files import read_json, replacing
 from ..hub import TRAINING_NAME
 from ..inference import MAX_PIECE_FRAMES, encode_waveforms
 from ..metrics import METRICS, Metric, require_metrics, require_package
+from ..pictures import reconstruction_figure, save_figure
 from ..version import __version__
 from . import checkpointing
 from .audio_to_text import AudioToTextLoss, load_language_model
@@ -44,7 +45,7 @@ from .config import RECONSTRUCTION, TrainingConfig
 from .data import BatchReader, Clips, Collator, open_dataset, plan_epoch, plan_run
 from .discriminators import AudioDiscriminator
 from .losses import MultiScaleMelLoss
-from .pictures import reconstruction_figure, save_figure, training_figure
+from .pictures import training_figure
 from .step import TrainingStep, derived_seed, make_accelerator
 
 
