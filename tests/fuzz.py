@@ -40,7 +40,6 @@ import yaml
 from tqdm import tqdm
 
 from mimo_audio_hf import AudioCodes, MiMoAudioTokenizerConfig, load_audio, load_model
-from mimo_audio_hf.codes import FORMAT
 from mimo_audio_hf.files import replacing
 from mimo_audio_hf.offline import TASKS, load_tokens, read_list
 from mimo_audio_hf.sources import AUDIO_COLUMNS, JsonLinesSource, Problem

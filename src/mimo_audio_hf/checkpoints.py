@@ -209,7 +209,7 @@ def _find_subfolder(name: str) -> str:
 
 
 def _check_configuration(name: str, subfolder: str) -> None:
-    """Raise a ValueError if the configuration is not one of this model; transformers fails anyhow at its own fields."""
+    """Raise a ValueError if the configuration is not this model's; at its own fields transformers fails anyhow."""
     try:
         dtype = MiMoAudioTokenizerConfig.from_pretrained(name, subfolder=subfolder).dtype
     except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:

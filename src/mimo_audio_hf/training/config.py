@@ -21,6 +21,7 @@ from ..checkpoints import RELEASED_MODEL
 # Values in messages: a few lines of YAML can stand for gigabytes.
 _SHORTENED = reprlib.Repr()
 _SHORTENED.maxstring = _SHORTENED.maxother = 200
+_SHORTENED.maxlevel = 2
 
 RECONSTRUCTION = "reconstruction_loss"
 
