@@ -18,6 +18,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from hub_server import card_problems
 from huggingface_hub import ModelCard
 from huggingface_hub.errors import HFValidationError
 from safetensors.torch import load_file, save_file
@@ -391,8 +392,77 @@ def test_the_licence_goes_along(tmp_path):
     for name in ("LICENSE", "NOTICE"):
         assert (repository / name).read_bytes() == (tiny / name).read_bytes()
     card = ModelCard.load(repository / "README.md")
-    assert (card.data.license, card.data.license_link) == ("other", "LICENSE")
+    assert card.data.license == "cc-by-sa-4.0" and "The weights are under cc-by-sa-4.0." in card.text
     assert "rounded to float16" in card.text and "bit for bit" not in card.text
+
+
+@pytest.mark.parametrize(
+    ("own_card", "expected"),
+    [
+        (None, {"license": "other", "license_name": "see-license-file", "license_link": "LICENSE"}),
+        (
+            "---\nlanguage: en\n---\n",
+            {"license": "other", "license_name": "see-license-file", "license_link": "LICENSE"},
+        ),
+        ("---\nlicense: cc-by-4.0\n---\n", {"license": "cc-by-4.0"}),
+        (
+            "---\nlicense: other\nlicense_name: voice-owners\nlicense_link: https://example.org/terms\n---\n",
+            {"license": "other", "license_name": "voice-owners", "license_link": "https://example.org/terms"},
+        ),
+    ],
+)
+def test_the_licence_in_the_card(tiny_checkpoint, tmp_path, own_card, expected):
+    checkpoint = tmp_path / "checkpoint"
+    shutil.copytree(tiny_checkpoint, checkpoint)
+    (checkpoint / "LICENSE").write_text("Terms.")
+    if own_card is not None:
+        (checkpoint / "README.md").write_text(own_card)
+    card = ModelCard.load(assemble_hub_repository(checkpoint, tmp_path / "repository") / "README.md")
+    assert expected.items() <= card.data.to_dict().items()
+    assert card_problems(card.content) == []
+    link = f": [{expected['license_link']}]" if "license_link" in expected else "."
+    assert f"The weights are under {expected.get('license_name', expected['license'])}{link}" in card.text
+
+
+def test_a_damaged_card_is_named(tiny_checkpoint, tmp_path):
+    checkpoint = tmp_path / "checkpoint"
+    shutil.copytree(tiny_checkpoint, checkpoint)
+    (checkpoint / "README.md").write_text("---\nlicense: [\n---\n")
+    with pytest.raises(ValueError, match=r"(?s)README\.md: .*accepted: a model card, or none"):
+        assemble_hub_repository(checkpoint, tmp_path / "repository")
+
+
+def test_cards_pass_the_documented_rules_of_the_hub(tiny_checkpoint, tmp_path):
+    """The Hub's own check cannot be run without it: these are the rules that its documentation states."""
+    released, tiny = HUB_CARD / "README.md", PACKAGE / "tiny" / "README.md"
+    trained = tmp_path / "checkpoint-777"
+    shutil.copytree(tiny_checkpoint, trained)
+    (trained / "training.json").write_text(json.dumps(training_document()))
+    repositories = [
+        assemble_hub_repository(checkpoint, tmp_path / name)
+        for name, checkpoint in (("any", tiny_checkpoint), ("tiny", tiny.parent), ("trained", trained))
+    ]
+    for card in (released, tiny, *(repository / "README.md" for repository in repositories)):
+        assert card_problems(card.read_text()) == [], card
+
+
+@pytest.mark.parametrize(
+    ("metadata", "problem"),
+    [
+        ("license: gratis", '"license" is'),
+        ("license: other", "needs license_name and license_link"),
+        ("base_model: ./a/b/c", '"base_model" is'),
+        ("pipeline_tag: audio", '"pipeline_tag" is'),
+        ("tags: audio", '"tags" is'),
+        ("language: [English]", '"language" is'),
+        ("licence: mit", '"licence" is unknown'),
+        ("- a list", "should be a dict"),
+        ("# nothing", "no metadata"),
+    ],
+)
+def test_the_rules_find_what_is_wrong(metadata, problem):
+    (found,) = card_problems(f"---\n{metadata}\n---\n# A model\n")
+    assert problem in found
 
 
 def test_push_to_hub(tiny_checkpoint, tmp_path, monkeypatch, capsys):
@@ -411,8 +481,9 @@ def test_push_to_hub(tiny_checkpoint, tmp_path, monkeypatch, capsys):
             uploaded[repo_id] = {"private": private, "exist_ok": exist_ok}
             return f"https://hub/{repo_id}"
 
-        def upload_folder(self, repo_id, folder_path, commit_message):
-            uploaded[repo_id]["files"] = {path.name: path.read_bytes() for path in Path(folder_path).iterdir()}
+        def create_commit(self, repo_id, operations, commit_message, revision):
+            added = {operation.path_in_repo: Path(operation.path_or_fileobj) for operation in operations}
+            uploaded[repo_id]["files"] = {name: path.read_bytes() for name, path in added.items()}
 
     monkeypatch.setattr("mimo_audio_hf.hub.HfApi", Api)
     assert main(["hub", str(checkpoint), str(tmp_path / "repository"), "--push", "me/mine", "--private"]) == 0

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from safetensors import SafetensorError
 from transformers.configuration_utils import PreTrainedConfig
+from transformers.utils import logging
 
 from .configuration_mimo_audio_tokenizer import MiMoAudioTokenizerConfig
 from .feature_extraction_mimo_audio_tokenizer import MiMoAudioTokenizerFeatureExtractor
@@ -180,7 +181,11 @@ def _read_checkpoint(
         raise ValueError(f"model={name!r}: there is no such directory; {_ACCEPTED}")
     options = {} if dtype is None else {"dtype": dtype}
     try:
-        return model_class.from_pretrained(name, subfolder=_find_subfolder(name), **options)
+        subfolder = _find_subfolder(name)
+        _check_configuration(name, subfolder)
+        if is_directory:
+            _check_tensors(name, subfolder, model_class)
+        return model_class.from_pretrained(name, subfolder=subfolder, **options)
     except (OSError, SafetensorError) as error:
         raise ValueError(f"model={name!r}: {' '.join(str(error).split())} {_ACCEPTED}") from error
 
@@ -193,6 +198,8 @@ def _find_subfolder(name: str) -> str:
             config, _ = PreTrainedConfig.get_config_dict(name, subfolder=subfolder)
         except TypeError:  # of older transformers, where the file holds no object
             continue
+        except (ValueError, RecursionError) as error:  # a number of thousands of digits, brackets as deep
+            raise ValueError(f"model={name!r}: config.json cannot be read: {error}; {_ACCEPTED}") from error
         if isinstance(config, dict) and config.keys() - {"_commit_hash"}:
             # The released config.json has no model_type.
             model_type = config.get("model_type", MiMoAudioTokenizerConfig.model_type)
@@ -200,6 +207,30 @@ def _find_subfolder(name: str) -> str:
                 return subfolder
             found.append(f"config.json of a {model_type!r} model")
     raise ValueError(f"model={name!r}: {', '.join(found) or 'no config.json'}; {_ACCEPTED}")
+
+
+def _check_configuration(name: str, subfolder: str) -> None:
+    """Raise a ValueError if the configuration is not this model's; at its own fields transformers fails anyhow."""
+    try:
+        dtype = MiMoAudioTokenizerConfig.from_pretrained(name, subfolder=subfolder).dtype
+    except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
+        raise ValueError(f"model={name!r}: config.json: {error}") from error
+    if not isinstance(dtype, torch.dtype | None):
+        raise ValueError(f"model={name!r}: config.json: dtype={dtype!r}; accepted: the name of a torch.dtype")
+
+
+def _check_tensors(name: str, subfolder: str, model_class: type[MiMoAudioTokenizerModel]) -> None:
+    """Raise a ValueError if the weights are not the configuration's, which may ask for more memory than there is.
+
+    On the meta device, loading is only the check of every tensor's name and shape.
+    """
+    shows_progress = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        model_class.from_pretrained(name, subfolder=subfolder, device_map="meta")
+    finally:
+        if shows_progress:
+            logging.enable_progress_bar()
 
 
 def _weight_dtype(dtype: torch.dtype | str) -> torch.dtype:

@@ -220,7 +220,7 @@ def _parse_sizes(metadata: dict[str, str]) -> tuple[int, ...]:
     value = _entry(metadata, "codebook_sizes")
     try:
         sizes = json.loads(value)
-    except json.JSONDecodeError:
+    except (ValueError, RecursionError):
         sizes = None
     if not isinstance(sizes, list) or not all(type(size) is int for size in sizes):
         raise ValueError(f"metadata codebook_sizes={value!r}; accepted: a JSON list of integers")

@@ -35,6 +35,16 @@ POSITIVE_INTEGERS = (
     "vocoder_num_layers",
     "window_size",
 )
+# More than any model needs, so that a file of a few bytes cannot ask for any time or memory.
+MOST = 2**20
+MOST_OF = {
+    "decoder_layers": 1024,
+    "encoder_layers": 1024,
+    "n_mels": 1024,
+    "nfft": 2**16,
+    "num_quantizers": 1024,
+    "vocoder_num_layers": 1024,
+}
 
 
 def single_auto_classes(fields: dict[str, Any]) -> dict[str, Any]:
@@ -209,8 +219,9 @@ class MiMoAudioTokenizerConfig(PreTrainedConfig):
             return type(value) is int and value >= least
 
         for field in POSITIVE_INTEGERS:
-            if not is_integer(getattr(self, field), 1):
-                refuse(field, "a positive integer")
+            most = MOST_OF.get(field, MOST)
+            if not is_integer(getattr(self, field), 1) or getattr(self, field) > most:
+                refuse(field, f"a positive integer, at most {most}")
         for field in ("encoder_causal", "decoder_causal", "hybrid_attention", "has_decoder"):
             if not isinstance(getattr(self, field), bool):
                 refuse(field, "true or false")

@@ -48,7 +48,7 @@ _FORGET_AFTER = 3600  # seconds until clips and files of earlier visitors are de
 _MAX_VISITORS = 200  # whose clips are kept: 6 MB each, if they are as long as they may be
 _EMPTY = "Choose a file or record something: what comes back appears here."
 # Of the system, so that none is fetched.
-_FONTS = {"font": ["system-ui", "sans-serif"], "font_mono": ["ui-monospace", "monospace"]}
+_FONTS: dict[str, Any] = {"font": ["system-ui", "sans-serif"], "font_mono": ["ui-monospace", "monospace"]}
 _CSS = """
 .gradio-container { width: 100% !important; max-width: 1080px !important; margin: 0 auto !important; }
 #download { font-size: 1em; font-weight: 500; }

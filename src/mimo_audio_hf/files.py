@@ -43,7 +43,7 @@ def read_json(path: Path, entries: Mapping[str, type] | None = None) -> dict[str
     """
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise ValueError(f"{path} cannot be read: {error}; accepted: a JSON object") from error
     if not isinstance(content, dict):
         raise ValueError(f"{path} holds a {type(content).__name__}; accepted: a JSON object")

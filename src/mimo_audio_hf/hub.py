@@ -18,12 +18,13 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub import HfApi, ModelCard, ModelCardData
-from huggingface_hub.errors import HfHubHTTPError, HFValidationError
+from huggingface_hub import CommitOperationAdd, HfApi, ModelCard, ModelCardData
+from huggingface_hub.errors import HFValidationError, HTTPError
 from jinja2 import UndefinedError
 from safetensors import SafetensorError
 from tqdm import tqdm
 from transformers.utils import CONFIG_NAME, FEATURE_EXTRACTOR_NAME, SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
+from yaml import YAMLError
 
 from .configuration_mimo_audio_tokenizer import MiMoAudioTokenizerConfig
 from .feature_extraction_mimo_audio_tokenizer import MiMoAudioTokenizerFeatureExtractor
@@ -36,6 +37,7 @@ CARD_NAME = "README.md"
 TRAINING_NAME = "training.json"
 # Of the weights, if a checkpoint has them.
 LICENSE_NAMES = ("LICENSE", "NOTICE")
+LICENSE_FIELDS = ("license", "license_name", "license_link")
 AUTO_CLASSES: dict[str, type] = {
     "AutoConfig": MiMoAudioTokenizerConfig,
     "AutoFeatureExtractor": MiMoAudioTokenizerFeatureExtractor,
@@ -86,7 +88,7 @@ def assemble_hub_repository(
         raise ValueError(f"released=True, but {checkpoint} has a {TRAINING_NAME}: a training run made its weights")
     licences = [checkpoint / name for name in LICENSE_NAMES if (checkpoint / name).is_file()]
     try:
-        overlay = overlay_files(fields, released=released, training=training, has_license=bool(licences))
+        overlay = overlay_files(fields, released=released, training=training, licence=_licence_of(checkpoint))
     except UndefinedError as error:
         raise ValueError(f"{checkpoint / TRAINING_NAME}: {error}; accepted: what a training run writes") from error
 
@@ -108,31 +110,42 @@ def push_to_hub(
     repo_id: str,
     *,
     private: bool | None = None,
+    revision: str | None = None,
     token: str | None = None,
     released: bool = False,
 ) -> str:
     """Uploads a checkpoint as a repository that [`assemble_hub_repository`] makes, in one commit.
 
+    What an interrupted upload has brought to the Hub is not sent again by the next one. Files of the repository that
+    the checkpoint does not have stay as they are.
+
     Args:
         checkpoint, released: As in [`assemble_hub_repository`].
         repo_id: `owner/name`; made if it does not exist.
         private: Whether a repository that is made is private; by default as the owner's settings say.
+        revision: The branch to commit to; made, from the main one, if it does not exist. By default the main one.
         token: Of the Hub; by default the one that `hf auth login` stored.
 
     Returns:
         The repository's address.
 
     Raises:
-        ValueError: as [`assemble_hub_repository`]; or the Hub refuses the name or the upload.
+        ValueError: as [`assemble_hub_repository`]; or the Hub refuses the name, the model card or the upload, or
+            cannot be reached.
     """
     api = HfApi(token=token)
     with tempfile.TemporaryDirectory() as temporary:
         repository = assemble_hub_repository(checkpoint, Path(temporary, "repository"), released=released)
         try:
             address = api.create_repo(repo_id, private=private, exist_ok=True)
-            api.upload_folder(repo_id=repo_id, folder_path=repository, commit_message="MiMo-Audio tokenizer")
-        except (HfHubHTTPError, HFValidationError) as error:
-            raise ValueError(f"repo_id={repo_id!r}: {' '.join(str(error).split())}") from error
+            if revision is not None:
+                api.create_branch(repo_id, branch=revision, exist_ok=True)
+            # Not upload_folder, which may take several commits.
+            operations = [CommitOperationAdd(path.name, path) for path in sorted(repository.iterdir())]
+            api.create_commit(repo_id, operations, commit_message="MiMo-Audio tokenizer", revision=revision)
+        except (HTTPError, HFValidationError, RuntimeError) as error:  # RuntimeError: of large files
+            reasons = [str(each) for each in (error, error.__cause__) if each is not None]
+            raise ValueError(f"repo_id={repo_id!r}: {' '.join(' '.join(reasons).split())}") from error
     return str(address)
 
 
@@ -141,7 +154,7 @@ def overlay_files(
     *,
     released: bool = False,
     training: dict[str, Any] | None = None,
-    has_license: bool = False,
+    licence: dict[str, Any] | None = None,
 ) -> dict[str, bytes]:
     """Contents of all files of a Hub repository but the weights: the model's code, its configurations and its card.
 
@@ -149,7 +162,7 @@ def overlay_files(
         fields: A checkpoint's `config.json`.
         released: As in [`assemble_hub_repository`].
         training: A checkpoint's `training.json`, if it has one.
-        has_license: The repository has a file LICENSE, to which the card refers.
+        licence: What the card's metadata say of the weights' licence, if they say anything.
 
     Raises:
         ValueError: as [`assemble_hub_repository`], about the configuration.
@@ -167,7 +180,7 @@ def overlay_files(
     extractor_fields = MiMoAudioTokenizerFeatureExtractor.from_config(config).to_dict()
     extractor_fields["auto_map"] = {"AutoFeatureExtractor": auto_map["AutoFeatureExtractor"]}
     return {
-        CARD_NAME: f"{_model_card(config, released, training, has_license)}\n".encode(),
+        CARD_NAME: f"{_model_card(config, released, training, licence or {})}\n".encode(),
         CONFIG_NAME: _to_json(fields | model_fields),
         FEATURE_EXTRACTOR_NAME: _to_json(extractor_fields),
         **{source.name: source.read_bytes() for source in sources.values()},
@@ -206,22 +219,33 @@ def _require_released(config: MiMoAudioTokenizerConfig) -> None:
             )
 
 
+def _licence_of(checkpoint: Path) -> dict[str, Any]:
+    """What the card beside a checkpoint's weights says of their licence, in the Hub's fields."""
+    card = checkpoint / CARD_NAME
+    if card.is_file():
+        try:
+            metadata = ModelCard.load(card, ignore_metadata_errors=True).data.to_dict()
+        except (ValueError, YAMLError) as error:
+            raise ValueError(f"{card}: {error}; accepted: a model card, or none") from error
+        if "license" in metadata:
+            return {name: metadata[name] for name in LICENSE_FIELDS if name in metadata}
+    if (checkpoint / LICENSE_NAMES[0]).is_file():
+        return dict(zip(LICENSE_FIELDS, ("other", "see-license-file", LICENSE_NAMES[0]), strict=True))
+    return {}
+
+
 def _model_card(
-    config: MiMoAudioTokenizerConfig, released: bool, training: dict[str, Any] | None, has_license: bool
+    config: MiMoAudioTokenizerConfig, released: bool, training: dict[str, Any] | None, licence: dict[str, Any]
 ) -> ModelCard:
     metadata: dict[str, Any] = {
         "library_name": "transformers",
         "pipeline_tag": "audio-to-audio" if config.has_decoder else "feature-extraction",
         "tags": ["audio", "speech", "audio-tokenizer", "neural-audio-codec", "residual-vector-quantization"],
     }
-    if has_license:
-        metadata |= {"license": "other", "license_link": LICENSE_NAMES[0]}
     if released:
-        metadata |= {
-            "base_model": "XiaomiMiMo/MiMo-Audio-Tokenizer",
-            "language": ["en", "zh"],
-            "license": "mit",  # as Xiaomi labels the MiMo-Audio family
-        }
+        licence = {"license": "mit"}  # as Xiaomi labels the MiMo-Audio family
+        metadata |= {"base_model": "XiaomiMiMo/MiMo-Audio-Tokenizer", "language": ["en", "zh"]}
+    metadata |= licence
     started_from = str(training["config"]["model"]) if training and "config" in training else ""
     if _is_hub_id(started_from):
         metadata["base_model"] = started_from
@@ -232,6 +256,7 @@ def _model_card(
         config=config,
         released=released,
         training=training,
+        licence=licence,
         # Names, not where things lay on somebody's machine.
         source_name=lambda source: source if _is_hub_id(source) else Path(source).name,
     )

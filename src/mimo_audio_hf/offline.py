@@ -116,7 +116,7 @@ def load_tokens(path: str) -> torch.Tensor:
     """
     try:
         tokens = torch.tensor(json.loads(Path(path).read_text(encoding="utf-8"))["quantized_tokens"])
-    except (ValueError, KeyError, TypeError, RuntimeError) as error:  # RuntimeError: a number beyond int64
+    except (ValueError, KeyError, TypeError, RuntimeError) as error:  # RuntimeError: beyond int64, or too deep
         raise ValueError(f"{path}: no token file ({error}); accepted: {{'quantized_tokens': [[...], ...]}}") from error
     if tokens.ndim != 2 or not tokens.numel() or tokens.is_floating_point() or tokens.dtype == torch.bool:
         raise ValueError(f"{path}: quantized_tokens have shape {tuple(tokens.shape)}; accepted: (frames, codebooks)")
@@ -150,19 +150,14 @@ def read_list(path: str | Path, task: str) -> tuple[list[dict[str, Any]], list[s
     lines: list[dict[str, Any]] = []
     problems: list[str] = []
     written: dict[str, int] = {}
-    with open(path, encoding="utf-8") as file:
+    with open(path, "rb") as file:
         for number, text in enumerate(file, start=1):
             if not text.strip():
                 continue
             try:
-                line = json.loads(text)
-            except json.JSONDecodeError as error:
-                problems.append(f"{path}, line {number}: {error}; accepted: a JSON object")
-                continue
-            required = ("key", source, *targets)
-            missing = [name for name in required if not isinstance(line, dict) or not isinstance(line.get(name), str)]
-            if missing:
-                problems.append(f"{path}, line {number}: {missing[0]} is missing; accepted: {', '.join(required)}")
+                line = _parse_line(text, ("key", source, *targets))
+            except ValueError as error:
+                problems.append(f"{path}, line {number}: {error}")
                 continue
             for name in targets:
                 target = os.path.realpath(line[name])
@@ -174,6 +169,24 @@ def read_list(path: str | Path, task: str) -> tuple[list[dict[str, Any]], list[s
         if os.path.realpath(line[source]) in written:
             raise ValueError(f"{path}: {line[source]} is to be read and written; accepted: other files to write")
     return lines, problems
+
+
+def _parse_line(text: bytes, required: tuple[str, ...]) -> dict[str, Any]:
+    """A line of the list: an object with a key and paths."""
+    try:
+        line = json.loads(text.decode("utf-8-sig"))
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{error}; accepted: a JSON object") from error
+    for name in required:
+        if not isinstance(line, dict) or not isinstance(line.get(name), str):
+            raise ValueError(f"{name} is missing; accepted: {', '.join(required)}")
+    for name in required[1:]:
+        try:
+            if b"\0" in os.fsencode(line[name]):
+                raise ValueError("null byte")
+        except ValueError as error:  # or half a surrogate pair
+            raise ValueError(f"{name}={line[name]!r}: {error}; accepted: a path") from error
+    return line
 
 
 def make_parser() -> argparse.ArgumentParser:

@@ -25,6 +25,7 @@ def add_hub(subparsers: Subparsers) -> None:
     )
     parser.add_argument("--push", metavar="OWNER/NAME", help="also upload it to this repository of the Hub")
     parser.add_argument("--private", action="store_true", default=None, help="which is private, if it is new")
+    parser.add_argument("--revision", metavar="BRANCH", help="and to this branch of it, made if it does not exist")
     parser.set_defaults(run=run_hub)
 
 
@@ -32,4 +33,7 @@ def run_hub(args: argparse.Namespace) -> None:
     repository = assemble_hub_repository(args.checkpoint, args.output_dir, released=args.released)
     print(f"{repository}: {', '.join(sorted(path.name for path in repository.iterdir()))}")
     if args.push is not None:
-        print(push_to_hub(args.checkpoint, args.push, private=args.private, released=args.released))
+        address = push_to_hub(
+            args.checkpoint, args.push, private=args.private, revision=args.revision, released=args.released
+        )
+        print(address)

@@ -6,6 +6,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+import reprlib
 import typing
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -16,6 +17,11 @@ import yaml
 
 from ..checkpoints import RELEASED_MODEL
 
+
+# Values in messages: a few lines of YAML can stand for gigabytes.
+_SHORTENED = reprlib.Repr()
+_SHORTENED.maxstring = _SHORTENED.maxother = 200
+_SHORTENED.maxlevel = 2
 
 RECONSTRUCTION = "reconstruction_loss"
 
@@ -112,7 +118,7 @@ class TrainingConfig:
     def __post_init__(self) -> None:
         def require(good: bool, name: str, accepted: str) -> None:
             if not good:
-                raise ValueError(f"{name}={getattr(self, name)!r}; accepted: {accepted}")
+                raise ValueError(f"{name}={_SHORTENED.repr(getattr(self, name))}; accepted: {accepted}")
 
         require(bool(self.output_dir), "output_dir", "a directory to write")
         require(self.stage in (1, 2), "stage", "1 or 2")
@@ -213,7 +219,8 @@ def read_yaml(path: str | Path) -> dict[str, Any]:
     """
     try:
         values = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
-    except (OSError, ValueError, yaml.YAMLError) as error:
+    except (OSError, ValueError, LookupError, AttributeError, RecursionError, yaml.YAMLError) as error:
+        # Of these, YAML's own tags for numbers, truth values and dates raise what they like.
         raise ValueError(f"{path} cannot be read: {error}; accepted: a YAML file of options") from error
     if not isinstance(values, dict):
         raise ValueError(f"{path} holds a {type(values).__name__}; accepted: options, name: value")
@@ -236,8 +243,8 @@ def _converted(name: str, value: Any, annotation: Any) -> Any:
             value = json.loads(value)
         elif kind in (int, float) and isinstance(value, (int, float, str)) and not isinstance(value, bool):
             value = kind(value) if kind is float or isinstance(value, str) else value
-    except ValueError as error:
-        raise ValueError(f"{name}={value!r}: {error}") from error
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{name}={_SHORTENED.repr(value)}: {error}") from error
     if not isinstance(value, kind) or (kind is int and isinstance(value, bool)):
-        raise ValueError(f"{name}={value!r}; accepted: {kind.__name__}")
+        raise ValueError(f"{name}={_SHORTENED.repr(value)}; accepted: {kind.__name__}")
     return value
