@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -24,6 +25,10 @@ from mimo_audio_hf.streaming import StreamingDecoder
 # Samples: odd and even numbers of frames, one too short for the STFT's padding, and no order.
 LENGTHS = (5000, 300, 12345, 960, 2400, 24000)
 FRAMES = (6, 2, 13, 2, 3, 26)
+
+
+# What batches ask a model for.
+MODEL = SimpleNamespace(graphs=None)
 
 
 @pytest.fixture(scope="module")
@@ -178,7 +183,7 @@ class Memory:
             self.ran.append(batch)
             return lambda: [-item for item in batch]
 
-        return list(_run_in_batches(launch, items, float, max_batch_seconds, torch.device("cuda"), None))
+        return list(_run_in_batches(MODEL, launch, items, float, max_batch_seconds, torch.device("cuda"), None))
 
 
 def test_out_of_memory_means_smaller_batches_from_there_on():
@@ -204,7 +209,7 @@ def test_a_batch_is_launched_before_the_one_before_it_is_collected():
         events.append(f"launch {batch[0]}")
         return lambda: events.append(f"collect {batch[0]}") or batch
 
-    list(_run_in_batches(launch, [1, 2, 3], float, 1, torch.device("cuda"), None))
+    list(_run_in_batches(MODEL, launch, [1, 2, 3], float, 1, torch.device("cuda"), None))
     assert events == ["launch 1", "launch 2", "collect 1", "launch 3", "collect 2", "collect 3"]
 
 

@@ -20,27 +20,20 @@ from mimo_audio_hf import __version__
 ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "src" / "mimo_audio_hf"
 RECORDING = ROOT / "tests" / "fixtures" / "audio" / "prompt_speech_en_m.wav"
-# What tools leave behind, and what git itself has.
-LEFT_BEHIND = (
-    ".*_cache",
-    ".git",
-    ".venv",
-    ".nox",
-    ".hypothesis",
-    "*.egg-info",
-    "__pycache__",
-    "build",
-    "dist",
-    "_build",
-)
-SHARED = ("shared",)
+# What tools leave behind beside hidden files, of which these are the project's own.
+LEFT_BEHIND = {"__pycache__", "build", "dist", "_build", "shared"}
+HIDDEN = {".ci", ".gitignore", ".pre-commit-config.yaml"}
 
 
 @pytest.fixture(scope="module")
 def sources(tmp_path_factory) -> Path:
     """A copy of the sources, in which building leaves its traces."""
     copy = tmp_path_factory.mktemp("release") / "sources"
-    shutil.copytree(ROOT, copy, ignore=shutil.ignore_patterns(*LEFT_BEHIND, *SHARED))
+
+    def is_ignored(name: str) -> bool:
+        return name in LEFT_BEHIND or name.endswith(".egg-info") or (name.startswith(".") and name not in HIDDEN)
+
+    shutil.copytree(ROOT, copy, ignore=lambda folder, names: [name for name in names if is_ignored(name)])
     return copy
 
 
