@@ -502,3 +502,12 @@ def test_the_module_runs_and_lists_its_commands():
     assert done.stderr == ""
     for command in ("encode", "decode", "roundtrip", "info", "init", "evaluate"):
         assert command in done.stdout
+
+
+def test_an_interrupted_command_says_so_in_one_line(run, audio, tmp_path, monkeypatch, capsys):
+    def interrupt(*args, **kwargs):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("mimo_audio_hf.commands.files.load_converter", interrupt)
+    assert main(["encode", str(audio / "a.wav"), "-o", str(tmp_path / "codes"), "--model", "tiny"]) == 130
+    assert capsys.readouterr().err == "mimo-audio: error: interrupted\n"

@@ -45,7 +45,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line, by default this process's.
 
     Returns:
-        The exit status: 0, or 1 if anything failed. Bad usage exits with 2, as argparse does.
+        The exit status: 0, 1 if anything failed, or 130 if it was interrupted. Bad usage exits with 2, as argparse
+        does.
     """
     args = make_parser().parse_args(argv)
 
@@ -59,6 +60,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         report(error)
     except torch.OutOfMemoryError:
         report(OUT_OF_MEMORY)
+    except KeyboardInterrupt:
+        report("interrupted")
+        return 130  # as a shell counts it
     return 1
 
 
