@@ -26,7 +26,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from workloads import report
 
-from mimo_audio_hf import decode_codes, encode_waveforms, load_audio, load_model
+from mimo_audio_hf import decode_codes, encode_waveforms, load_audio, load_model, optimize_for_inference
 from mimo_audio_hf.metrics import pesq, stoi
 
 
@@ -38,7 +38,7 @@ def measure(model_name: str, dtype: str, args: argparse.Namespace, folder: Path)
     """In a process of its own: times, and what was made, for the others to be compared with."""
     recordings: list[Path] = args.recordings
     torch.set_num_threads(args.threads)
-    model = load_model(model_name, device=args.device, dtype=dtype)
+    model = optimize_for_inference(load_model(model_name, device=args.device, dtype=dtype))
     clips = [load_audio(path) for path in recordings]
     seconds = sum(map(len, clips)) / model.config.sampling_rate
     codes = encode_waveforms(model, clips)

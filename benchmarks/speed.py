@@ -7,15 +7,18 @@ Weights are random. `encode` takes packed waveforms that are on the device alrea
 to waveforms there, both with whatever they need of the clips' lengths; `front_end` is the log-mels alone. Paths:
 `plain` is the model as it is loaded, `fast` after `optimize_for_inference`, `fp8` that in 8 bits. Times are medians,
 after five calls. The floor is the operations of the frames really there over the rate of a large bfloat16 product
-(float32 on a CPU) in the same run. What is built: Triton kernels and CUDA graphs, in the first call (from a cold
-cache) and in 200 batches of random lengths after others like them.
+(float32 on a CPU) in the same run. What is built: Triton kernels and CUDA graphs, in the first call (each path's in
+a process of its own, from a cold cache) and in 200 batches of random lengths after others like them.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import random
+import subprocess
+import sys
 import tempfile
 import time
 from collections.abc import Iterator
@@ -23,22 +26,18 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import torch
+from workloads import WORKLOADS, floor_flops, measured_ceiling, mel_lengths, random_model, report, seconds_of
 
-# Before Triton is imported: first calls are to find nothing built.
-os.environ["TRITON_CACHE_DIR"] = tempfile.mkdtemp(prefix="triton-")
-
-import torch  # noqa: E402
-from workloads import WORKLOADS, floor_flops, measured_ceiling, mel_lengths, report, seconds_of  # noqa: E402
-
-from mimo_audio_hf import (  # noqa: E402
+from mimo_audio_hf import (
     MiMoAudioTokenizerConfig,
     MiMoAudioTokenizerFeatureExtractor,
     MiMoAudioTokenizerModel,
     optimize_for_inference,
 )
-from mimo_audio_hf.checkpoints import PRESETS  # noqa: E402
-from mimo_audio_hf.inference import decode_packed, encode_packed  # noqa: E402
-from mimo_audio_hf.quantization import quantize  # noqa: E402
+from mimo_audio_hf.checkpoints import PRESETS
+from mimo_audio_hf.inference import decode_packed, encode_packed
+from mimo_audio_hf.quantization import quantize
 
 
 # Of the plot: clips of 10 s in a batch, and seconds of a single clip.
@@ -47,9 +46,7 @@ CLIP_SECONDS = (1.0, 2.0, 5.0, 10.0, 20.0, 30.0, 60.0)
 
 
 def make_model(preset: str, device: str, dtype: torch.dtype, path: str) -> MiMoAudioTokenizerModel:
-    torch.manual_seed(0)
-    with torch.device(device):
-        model = MiMoAudioTokenizerModel(MiMoAudioTokenizerConfig(**PRESETS[preset])).to(dtype).eval()
+    model = random_model(MiMoAudioTokenizerConfig(**PRESETS[preset]), dtype, device=device)
     if path == "fp8":
         quantize(model, "fp8")
     return model if path == "plain" else optimize_for_inference(model)
@@ -130,6 +127,17 @@ def first_call(model: MiMoAudioTokenizerModel, repeats: int = 3) -> dict[str, An
     return {"seconds_of_the_first_calls": seconds, "kernels_built": len(built)}
 
 
+def first_calls_of(path: str, args: argparse.Namespace) -> dict[str, Any]:
+    """[`first_call`] in a process that finds nothing built."""
+    command = [sys.executable, __file__, "--preset", args.preset, "--device", args.device, "--dtype", args.dtype]
+    with tempfile.TemporaryDirectory() as cache:
+        environment = os.environ | {"TRITON_CACHE_DIR": cache}
+        run = subprocess.run([*command, "--first-calls", path], env=environment, capture_output=True, text=True)
+    if run.returncode:
+        raise SystemExit(run.stderr)
+    return json.loads(run.stdout.splitlines()[-1])
+
+
 def random_batches(model: MiMoAudioTokenizerModel, batches: int = 200) -> dict[str, Any]:
     """What is built in random batches, after others like them."""
     generator = random.Random(0)
@@ -186,9 +194,13 @@ def main() -> None:
     parser.add_argument("--paths", nargs="+", default=["plain", "fast"], choices=["plain", "fast", "fp8"])
     parser.add_argument("--repeats", type=int, default=20)
     parser.add_argument("--no-random-batches", action="store_true")
+    parser.add_argument("--first-calls", metavar="PATH", help=argparse.SUPPRESS)
     args = parser.parse_args()
 
     device, dtype = args.device, getattr(torch, args.dtype)
+    if args.first_calls:
+        print(json.dumps(first_call(make_model(args.preset, device, dtype, args.first_calls))))
+        return
     ceiling = measured_ceiling(8192 if device != "cpu" else 2048, device, torch.bfloat16 if device != "cpu" else dtype)
     results: dict[str, Any] = {
         "preset": args.preset,
@@ -200,8 +212,8 @@ def main() -> None:
     reference: dict[str, torch.Tensor] = {}
     for path in args.paths:
         model = make_model(args.preset, device, dtype, path)
-        found: dict[str, Any] = {"attn_implementation": model.attn_implementation, "first_calls": first_call(model)}
-        found["rows"] = []
+        found: dict[str, Any] = {"attn_implementation": model.attn_implementation}
+        found |= {"first_calls": first_calls_of(path, args), "rows": []}
         for name, seconds in WORKLOADS.items():
             row = {"workload": name} | measure(model, seconds, ceiling, args.repeats, reference.get(name))
             codes = row.pop("_codes")

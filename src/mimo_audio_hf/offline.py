@@ -5,7 +5,8 @@
 
 It runs alone or under torchrun and `accelerate launch`, on CPUs too. A line of the list is a JSON object with `key`
 and, depending on the task, the paths `wav`, `quantized_tokens` and `reconstructed_wav`. A token file is
-`{"quantized_tokens": [[...], ...], "info": {...}}`, frames first, the line and timings being its info.
+`{"quantized_tokens": [[...], ...], "info": {...}}`, frames first, the line and timings being its info. On a GPU two
+batches are under way at a time, so that the time of one may hold some of another's.
 """
 
 from __future__ import annotations
