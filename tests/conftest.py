@@ -8,6 +8,7 @@ from pathlib import Path
 
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # read on import: no test may look anything up
+os.environ["OMP_NUM_THREADS"] = "1"  # in other processes, too
 
 import pytest
 import soundfile
