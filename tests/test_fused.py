@@ -19,7 +19,7 @@ pytestmark = [
     pytest.mark.skipif(not torch.cuda.is_available(), reason="these tests need a CUDA GPU"),
 ]
 pytest.importorskip("triton")
-from mimo_audio_hf import attention_kernels, fused  # noqa: E402 (which import Triton)
+from mimo_audio_hf import attention_kernels, fused, product_kernels  # noqa: E402 (which import Triton)
 
 
 DEVICE, DTYPE = "cuda", torch.bfloat16
@@ -56,7 +56,10 @@ def test_add_norm(rows, dim, has_bias):
         assert tensor.grad is None or error(tensor.grad, reference.grad) < 6e-3
     with torch.no_grad():
         again = fused.add_norm(*inputs[:4], 1e-5, inputs[4] if has_bias else None)
+        normed = fused.norm(again[0], inputs[4], *inputs[2:4], 1e-5)
     assert all(torch.equal(one, other) for one, other in zip(outputs, again, strict=True))
+    expected = again[0].double() + inputs[4].double()
+    assert error(normed, F.layer_norm(expected, (dim,), *(tensor.double() for tensor in inputs[2:4]), 1e-5)) < 4e-3
 
 
 @pytest.mark.parametrize("differentiated", [True, False])
@@ -156,7 +159,7 @@ def test_banded_rotary_attention(heads, head_dim, window, apart):
         states = [tensor.contiguous() for tensor in states]
     embeddings = modeling._rotary_embedding(sequences.position_ids, head_dim, 10000.0, DTYPE, DTYPE)
     assert attention_kernels.takes_band(window, head_dim)
-    output = attention_kernels.banded_rotary_attention(*states, embeddings, sequences.sequence_ids, heads, 0.1, window)
+    output = attention_kernels.banded_rotary_attention(*states, embeddings, sequences, heads, 0.1, window)
     query, key, value = (tensor.unflatten(1, (heads, head_dim)).double() for tensor in states)
     query, key = modeling.apply_rotary(query, key, *(tensor.double() for tensor in embeddings))
     mask = modeling.padded_mask(sequences, window)
@@ -190,7 +193,7 @@ def test_residual_search(num_quantizers):
     books = [draw(size, 128, seed=seed) for seed, size in enumerate((1024, 1024, 128, 100, 3))]
     features = draw(500, 128, seed=9)
     search = fused.ResidualSearch([book.float() for book in books], DTYPE)
-    codes = search(features, num_quantizers)
+    codes = search.encode(features, num_quantizers)
     residual = features.double()
     expected = []
     for book in books[:num_quantizers]:
@@ -198,24 +201,52 @@ def test_residual_search(num_quantizers):
         residual = residual - book.double()[expected[-1]]
     # Another entry is chosen only where two are as near as float32 can tell; then the next books' differ as well.
     assert (codes != torch.stack(expected, dim=1)).any(1).float().mean() < 0.01
+    summed = sum(book.double()[column] for book, column in zip(books, codes.t(), strict=False))
+    assert error(search.decode(codes), summed) < 4e-3
 
 
 @torch.no_grad()
-def test_joined_projections():
+@pytest.mark.parametrize("rows", [1, 200])
+@pytest.mark.parametrize(("depth", "dim"), [(256, 256), (1024, 256), (64, 16)])
+def test_products_with_what_follows(rows, depth, dim):
+    states, weight, bias = draw(rows, depth), draw(dim, depth, seed=1) / depth**0.5, draw(dim, seed=2)
+    expected = F.linear(*(tensor.double() for tensor in (states, weight, bias)))
+    assert product_kernels.takes_product(depth, dim, is_row=True)
+    assert error(product_kernels.product_gelu(states, weight, bias), F.gelu(expected)) < 4e-3
+    hidden, scale, shift = draw(rows, dim, seed=3), draw(dim, seed=4), draw(dim, seed=5)
+    expected += hidden.double()
+    normed = product_kernels.product_add_norm_(hidden, states, weight, bias, scale, shift, 1e-5, 1e30)
+    assert error(hidden, expected) < 4e-3
+    assert error(normed, F.layer_norm(expected, (dim,), scale.double(), shift.double(), 1e-5)) < 6e-3
+
+
+@pytest.mark.parametrize(
+    ("depth", "dim", "is_row", "taken"),
+    [(256, 1024, False, True), (256, 1024, True, False), (100, 256, True, False), (256, 48, True, False)],
+)
+def test_which_products_are_taken(depth, dim, is_row, taken):
+    assert product_kernels.takes_product(depth, dim, is_row) is taken
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("skip", [None, 2])
+def test_joined_projections_and_summed_biases(skip):
     model = load_model("tiny", device=DEVICE, dtype=DTYPE)
     expected = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     stack = model.encoder
     states = draw(50, model.config.d_model)
     sequences = modeling.PackedSequences.from_lengths([20, 30], DEVICE)
     backend = modeling.ATTENTION_BACKENDS["triton_varlen"]
-    before = stack.run_layers(states, sequences, backend)
+    before = stack.run_layers(states.clone(), sequences, backend._replace(run_layers=None), None, skip)
+    fused.sum_biases(stack, skip)
     for layer in stack.layers:
         fused.join_projections(layer.self_attn)
         assert vars(layer.self_attn)["joined_projections"].are_those_of(layer.self_attn)
     assert all(torch.equal(tensor, expected[name]) for name, tensor in model.state_dict().items())
-    assert error(stack.run_layers(states, sequences, backend), before.double()) < 6e-3
-    copied = deepcopy(stack.layers[0].self_attn)
-    assert not vars(copied)["joined_projections"].are_those_of(copied)
+    assert error(stack.run_layers(states.clone(), sequences, backend, None, skip), before.double()) < 1e-2
+    copied = deepcopy(stack)
+    assert not vars(copied.layers[0].self_attn)["joined_projections"].are_those_of(copied.layers[0].self_attn)
+    assert not vars(copied)["summed_biases"].are_those_of(copied)
 
 
 @pytest.mark.parametrize(
@@ -246,7 +277,7 @@ def test_fused_layers(name, dtype):
             output.backward(gradient)
             weights = torch.cat([p.grad.flatten() for p in stack.layers.parameters() if p.grad is not None])
             with torch.no_grad():
-                unchanged = stack.run_layers(states, sequences, backend, None, skip)
+                unchanged = stack.run_layers(states.clone(), sequences, backend, None, skip)
             results.append((output, unchanged, leaf.grad, weights))
         for actual, expected in zip(*results, strict=True):
             assert F.cosine_similarity(actual.flatten().float(), expected.flatten().float(), dim=0) > 0.999

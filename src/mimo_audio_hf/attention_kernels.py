@@ -103,6 +103,7 @@ def _banded_attention_kernel(
     cos,
     sin,
     sequence_ids,
+    cu_seqlens,
     output,
     log_sums,
     total,
@@ -131,7 +132,10 @@ def _banded_attention_kernel(
     v = _load_rows(value, key_rows, total, head, channel, stride, head_dim)
     # What other clips hold that is not finite is not taken away by a weight of zero.
     v = tl.where(tl.abs(v.to(tl.float32)) < float("inf"), v, 0.0)
-    seen = _seen(sequence_ids, query_rows, key_rows, total, left, right)
+    clip = tl.load(sequence_ids + query_rows, query_rows < total, other=0)
+    first = tl.maximum(query_rows - left, tl.load(cu_seqlens + clip))
+    last = tl.minimum(query_rows + right, tl.load(cu_seqlens + clip + 1) - 1)
+    seen = (key_rows[None, :] >= first[:, None]) & (key_rows[None, :] <= last[:, None])
     scores = tl.where(seen, tl.dot(q, tl.trans(k)) * (scaling * 1.4426950408889634), -1e30)
     largest = tl.max(scores, axis=1)
     weights = tl.exp2(scores - largest[:, None])
@@ -236,13 +240,13 @@ class _BandedAttention(torch.autograd.Function):
         query: torch.Tensor,
         key: torch.Tensor,
         value: torch.Tensor,
-        sequence_ids: torch.Tensor,
+        sequences: PackedSequences,
         scaling: float,
         left: int,
         right: int,
     ) -> torch.Tensor:
-        output, log_sums = _attend(query, key, value, sequence_ids, scaling, left, right)
-        ctx.save_for_backward(query, key, value, sequence_ids, output, log_sums)
+        output, log_sums = _attend(query, key, value, sequences, scaling, left, right)
+        ctx.save_for_backward(query, key, value, sequences.sequence_ids, output, log_sums)
         ctx.constants = scaling, left, right
         return output
 
@@ -285,7 +289,7 @@ def _attend(
     query: torch.Tensor,
     key: torch.Tensor,
     value: torch.Tensor,
-    sequence_ids: torch.Tensor,
+    sequences: PackedSequences,
     scaling: float,
     left: int,
     right: int,
@@ -294,7 +298,7 @@ def _attend(
     total, heads, _ = query.shape
     log_sums = torch.empty(heads, total, dtype=torch.float32, device=query.device)
     states = (query.flatten(1), key.flatten(1), value.flatten(1))
-    output = _launch_banded_attention(*states, None, sequence_ids, heads, scaling, (left, right), log_sums)
+    output = _launch_banded_attention(*states, None, sequences, heads, scaling, (left, right), log_sums)
     return output.view_as(query), log_sums
 
 
@@ -303,7 +307,7 @@ def banded_rotary_attention(
     key: torch.Tensor,
     value: torch.Tensor,
     position_embeddings: tuple[torch.Tensor, torch.Tensor],
-    sequence_ids: torch.Tensor,
+    sequences: PackedSequences,
     heads: int,
     scaling: float,
     window: Window,
@@ -313,14 +317,14 @@ def banded_rotary_attention(
     Args:
         query, key, value: (total_frames, dim) before RoPE; their rows may lie apart, by one stride.
         position_embeddings: cosines and sines (total_frames, 1, head_dim // 2).
-        sequence_ids: (total_frames,), each frame's clip.
+        sequences: where the clips lie.
         scaling: of the products of queries and keys.
         window: frames to the left and to the right that are seen.
 
     Returns:
         (total_frames, dim).
     """
-    return _launch_banded_attention(query, key, value, position_embeddings, sequence_ids, heads, scaling, window, None)
+    return _launch_banded_attention(query, key, value, position_embeddings, sequences, heads, scaling, window, None)
 
 
 def _launch_banded_attention(
@@ -328,7 +332,7 @@ def _launch_banded_attention(
     key: torch.Tensor,
     value: torch.Tensor,
     position_embeddings: tuple[torch.Tensor, torch.Tensor] | None,
-    sequence_ids: torch.Tensor,
+    sequences: PackedSequences,
     heads: int,
     scaling: float,
     window: Window,
@@ -343,7 +347,8 @@ def _launch_banded_attention(
         value,
         cos,
         sin,
-        sequence_ids,
+        sequences.sequence_ids,
+        sequences.cu_seqlens,
         output,
         log_sums,
         total,
@@ -356,6 +361,7 @@ def _launch_banded_attention(
         KEYS=_keys(*window),
         TURNS=position_embeddings is not None,
         KEEPS=log_sums is not None,
+        num_warps=2 if _keys(*window) <= 128 else 4,
     )
     return output
 
@@ -392,7 +398,7 @@ def triton_attention_forward(
     head_dim = query.shape[2]
     if not takes_band(window, head_dim) or (differentiated and head_dim not in GRADIENT_HEAD_DIMS):
         return torch_varlen_attention_forward(query, key, value, attention_mask, scaling, sequences, window)
-    arguments = query.contiguous(), key.contiguous(), value.contiguous(), sequences.sequence_ids, scaling, *window
+    arguments = query.contiguous(), key.contiguous(), value.contiguous(), sequences, scaling, *window
     if differentiated:
         return _BandedAttention.apply(*arguments)
     return _attend(*arguments)[0]

@@ -28,6 +28,7 @@ from .modeling_mimo_audio_tokenizer import (
     PackedSequences,
     Window,
 )
+from .product_kernels import product_add_norm_, product_gelu, takes_product
 from .quantization import QuantizedLinear, RoundedRows, require_no_gradient, round_rows
 
 
@@ -68,29 +69,34 @@ def _add_norm_kernel(
     largest_rounded,
     dim: tl.constexpr,
     BLOCK: tl.constexpr,
+    HAS_UPDATE: tl.constexpr,
     HAS_BIAS: tl.constexpr,
     KEEPS: tl.constexpr,
     ROUNDS: tl.constexpr,
 ):
-    """Of a row, hidden + update + bias, and its layer norm, in 8 bits where ROUNDS."""
+    """Of a row, hidden + update + bias, and its layer norm, in 8 bits where ROUNDS. An update makes it store sums."""
     row = tl.program_id(0).to(tl.int64) * dim
     columns = tl.arange(0, BLOCK)
     inside = columns < dim
-    u = _row(update, row, columns, inside)
-    if HAS_BIAS:
-        u += _row(bias, 0, columns, inside)
-    x = _row(hidden, row, columns, inside) + u
-    # Rounded as what is stored, for that is what the plain path norms.
-    # Not tl.minimum and tl.maximum, which would make a number of NaN.
-    x = tl.where(x > limit, limit, tl.where(x < -limit, -limit, x)).to(hidden_out.dtype.element_ty)
-    tl.store(hidden_out + row + columns, x, inside)
-    x = x.to(tl.float32)
+    x = _row(hidden, row, columns, inside)
+    if HAS_UPDATE:
+        u = _row(update, row, columns, inside)
+        if HAS_BIAS:
+            u += _row(bias, 0, columns, inside)
+        x += u
+        # Rounded as what is stored, for that is what the plain path norms.
+        # Not tl.minimum and tl.maximum, which would make a number of NaN.
+        x = tl.where(x > limit, limit, tl.where(x < -limit, -limit, x)).to(hidden_out.dtype.element_ty)
+        tl.store(hidden_out + row + columns, x, inside)
+        x = x.to(tl.float32)
+    elif HAS_BIAS:
+        x += _row(bias, 0, columns, inside)
     mean = tl.sum(x, axis=0) / dim
     centered = tl.where(inside, x - mean, 0.0)
     scale = tl.rsqrt(tl.sum(centered * centered, axis=0) / dim + eps)
     normed = centered * scale * _row(weight, 0, columns, inside) + _row(shift, 0, columns, inside)
     if ROUNDS:
-        normed = _scaled_row(normed.to(hidden_out.dtype.element_ty), round_scales, largest_rounded)
+        normed = _scaled_row(normed.to(hidden.dtype.element_ty), round_scales, largest_rounded)
     tl.store(normed_out + row + columns, normed, inside)
     if KEEPS:
         tl.store(means + tl.program_id(0), mean)
@@ -192,7 +198,7 @@ def _needs_gradient(*tensors: torch.Tensor | None) -> bool:
 
 def _launch_add_norm(
     hidden_states: torch.Tensor,
-    update: torch.Tensor,
+    update: torch.Tensor | None,
     bias: torch.Tensor | None,
     weight: torch.Tensor,
     shift: torch.Tensor,
@@ -204,11 +210,11 @@ def _launch_add_norm(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     total, dim = hidden_states.shape
     hidden_states = hidden_states.contiguous()
-    summed = torch.empty_like(hidden_states)
+    summed = hidden_states if update is None else torch.empty_like(hidden_states)
     normed = torch.empty_like(hidden_states) if rounded is None else rounded.rows
     _add_norm_kernel[(total,)](
         hidden_states,
-        update.contiguous(),
+        None if update is None else update.contiguous(),
         bias,
         weight,
         shift,
@@ -222,6 +228,7 @@ def _launch_add_norm(
         _largest(rounded),
         dim=dim,
         BLOCK=triton.next_power_of_2(dim),
+        HAS_UPDATE=update is not None,
         HAS_BIAS=bias is not None,
         KEEPS=means is not None,
         ROUNDS=rounded is not None,
@@ -274,12 +281,27 @@ def add_norm_rounded(
     shift: torch.Tensor,
     eps: float,
     dtype: torch.dtype,
+    bias: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, RoundedRows]:
     """As [`add_norm`] without a gradient, with the norm's rows in the 8 bits of `dtype`."""
     rounded = _empty_rounded(hidden_states, dtype)
     limit = _limit(hidden_states.dtype, differentiated=False)
-    summed, _ = _launch_add_norm(hidden_states, update, None, weight, shift, eps, limit, rounded=rounded)
+    summed, _ = _launch_add_norm(hidden_states, update, bias, weight, shift, eps, limit, rounded=rounded)
     return summed, rounded
+
+
+def norm(
+    hidden_states: torch.Tensor,
+    bias: torch.Tensor,
+    weight: torch.Tensor,
+    shift: torch.Tensor,
+    eps: float,
+    dtype: torch.dtype | None = None,
+) -> torch.Tensor | RoundedRows:
+    """Layer norm of `hidden_states + bias` (total_frames, dim) without a gradient; in the 8 bits of `dtype`, if given."""
+    rounded = None if dtype is None else _empty_rounded(hidden_states, dtype)
+    _, normed = _launch_add_norm(hidden_states, None, bias, weight, shift, eps, torch.inf, rounded=rounded)
+    return normed if rounded is None else rounded
 
 
 @triton.jit
@@ -439,8 +461,21 @@ def _residual_search_kernel(
         tl.store(codes + frame * num_quantizers + book, (chosen - first).to(tl.int64))
 
 
+@triton.jit
+def _sum_entries_kernel(codes, offsets, entries, output, num_quantizers, dim: tl.constexpr, BLOCK: tl.constexpr):
+    """Of a frame, the sum of the entries that its codes name."""
+    frame = tl.program_id(0).to(tl.int64)
+    columns = tl.arange(0, BLOCK)
+    inside = columns < dim
+    summed = tl.zeros([BLOCK], tl.float32)
+    for book in range(num_quantizers):
+        entry = tl.load(offsets + book) + tl.load(codes + frame * num_quantizers + book)
+        summed += _row(entries, entry * dim, columns, inside)
+    tl.store(output + frame * dim + columns, summed, inside)
+
+
 class ResidualSearch:
-    """Residual vector quantization in one matrix product and one kernel.
+    """Residual vector quantization in one matrix product and one kernel, and its reverse in another.
 
     The distance of what is left of a vector x to an entry e is, but for what all entries share and a factor of two,
     |e|^2 / 2 - x e + (the entries chosen so far) e. The second part comes from one product with all codebooks; the
@@ -463,7 +498,23 @@ class ResidualSearch:
     def __deepcopy__(self, memo: object) -> None:
         """Copies of the model may be moved, and search codebook by codebook."""
 
-    def __call__(self, features: torch.Tensor, num_quantizers: int) -> torch.Tensor:
+    def decode(self, codes: torch.Tensor) -> torch.Tensor:
+        """Codes (n, Q) int64 to the sum (n, dim) of their entries, in the model's dtype."""
+        dim = self.entries.shape[1]
+        output = self.entries.new_empty(len(codes), dim)
+        with torch.cuda.device_of(codes):
+            _sum_entries_kernel[(len(codes),)](
+                codes.contiguous(),
+                self.offsets,
+                self.entries,
+                output,
+                codes.shape[1],
+                dim=dim,
+                BLOCK=triton.next_power_of_2(dim),
+            )
+        return output
+
+    def encode(self, features: torch.Tensor, num_quantizers: int) -> torch.Tensor:
         """Features (n, dim) to codes (n, num_quantizers) int64."""
         used = sum(self.sizes[:num_quantizers])
         entries = self.entries[:used].t()
@@ -562,6 +613,44 @@ def join_projections(attention: MiMoAudioTokenizerAttention) -> None:
     attention.__dict__["joined_projections"] = JoinedProjections(joined)
 
 
+class SummedBiases(NamedTuple):
+    """What the residual stream lacks where products are added to it without their biases."""
+
+    sums: list[torch.Tensor]  # at each norm after the first
+    skipped: torch.Tensor | None  # at the end, where the layer's output that was skipped to it lacks some, too
+    weight_ptr: int
+
+    def are_those_of(self, stack: MiMoAudioTokenizerStack) -> bool:
+        """Not once the model was moved, cast or copied."""
+        return self.weight_ptr == _layers(stack)[0].self_attn.out_proj.weight.data_ptr()
+
+
+def sum_biases(stack: MiMoAudioTokenizerStack, skip_layer_id: int | None) -> None:
+    """Makes the biases ready to be added where the residual stream is normed.
+
+    Products with bfloat16 weights are then added to the stream within the product, which can add but one thing. Those
+    in 8 bits are added afterwards, and with them what the stream lacks until then. Narrow ones bring their biases.
+    """
+    layers = _layers(stack)
+    linears = [linear for layer in layers for linear in (layer.self_attn.out_proj, layer.fc2)]
+    if any(_is_narrow(linear, torch.bfloat16, is_row=True) for linear in linears):
+        return
+    lacking = torch.zeros_like(cast(torch.Tensor, stack.layer_norm.weight), dtype=torch.float32)
+    sums: list[torch.Tensor] = []
+    skipped = None
+    for number, linear in enumerate(linears, start=1):
+        if isinstance(linear, QuantizedLinear):
+            sums.append(lacking)
+            lacking = torch.zeros_like(lacking)
+        else:
+            lacking = lacking + linear.bias.float()
+            sums.append(lacking)
+        if skip_layer_id is not None and number == 2 * skip_layer_id:
+            skipped = lacking
+    skipped = None if skipped is None else skipped + lacking
+    stack.__dict__["summed_biases"] = SummedBiases(sums, skipped, layers[0].self_attn.out_proj.weight.data_ptr())
+
+
 def run_layers(
     stack: MiMoAudioTokenizerStack,
     hidden_states: torch.Tensor,
@@ -573,7 +662,8 @@ def run_layers(
 ) -> torch.Tensor:
     """The stack's layers and final norm, each norm taken where its input is added up. For what [`can_fuse`] allows.
 
-    Where autocast would norm in float32, norms are in the sums' dtype here.
+    Where autocast would norm in float32, norms are in the sums' dtype here. Without a gradient, `hidden_states` may be
+    overwritten.
     """
     layers = _layers(stack)
     parts = [norm for layer in layers for norm in (layer.self_attn_layer_norm, layer.final_layer_norm)]
@@ -586,6 +676,9 @@ def run_layers(
     )
     if isinstance(layers[0].fc1, QuantizedLinear):
         require_no_gradient(hidden_states)
+    biases: SummedBiases | None = vars(stack).get("summed_biases")
+    if trained or biases is None or hidden_states.dtype != torch.bfloat16 or not biases.are_those_of(stack):
+        biases = None
     skip = None
     with torch.cuda.device_of(hidden_states):
         normed: torch.Tensor | RoundedRows = norms[0](hidden_states)
@@ -595,10 +688,19 @@ def run_layers(
             )
             for step, linear in enumerate((layer.self_attn.out_proj, layer.fc2), start=2 * number + 1):
                 states = attended if linear is layer.self_attn.out_proj else _widen(layer, normed, trained)
-                hidden_states, normed = _add_product(hidden_states, states, linear, norms[step], takers[step], trained)
+                lacking = None if biases is None else biases.sums[step - 1]
+                hidden_states, normed = _add_product(
+                    hidden_states, states, linear, lacking, norms[step], takers[step], trained
+                )
             if number + 1 == skip_layer_id:
-                skip = hidden_states
-        return cast(torch.Tensor, normed) if skip is None else norms[-1](hidden_states + skip)
+                skip = hidden_states if trained else hidden_states.clone()
+        if skip is None:
+            return cast(torch.Tensor, normed)
+        summed = hidden_states + skip
+        if biases is None or biases.skipped is None:
+            return norms[-1](summed)
+        last = norms[-1]
+        return cast(torch.Tensor, norm(summed, biases.skipped, last.weight, last.bias, last.eps))
 
 
 def _product(
@@ -609,6 +711,14 @@ def _product(
             states = round_rows(states, linear.weight.dtype)
         return linear.product(states, dtype)
     return F.linear(cast(torch.Tensor, states), linear.weight, linear.bias)
+
+
+def _is_narrow(linear: nn.Linear | QuantizedLinear, dtype: torch.dtype, is_row: bool) -> bool:
+    """Whether what follows a product of states in `dtype` is done with it."""
+    if isinstance(linear, QuantizedLinear) or linear.bias is None:
+        return False
+    is_half = dtype in (torch.float16, torch.bfloat16) and linear.weight.dtype == dtype
+    return is_half and takes_product(linear.in_features, linear.out_features, is_row)
 
 
 def _attend(
@@ -633,7 +743,7 @@ def _attend(
         arguments = query, key, value, position_embeddings
         heads = query.shape[1] // head_dim
         if takes_band(window, head_dim):
-            return banded_rotary_attention(*arguments, sequences.sequence_ids, heads, attention.scaling, window)
+            return banded_rotary_attention(*arguments, sequences, heads, attention.scaling, window)
         longest = sequences.max_seqlen
         if head_dim in HEAD_DIMS and len(sequences) <= MAX_CLIPS and longest * query.stride(0) < MAX_PLACE:
             return rotary_attention_(*arguments, sequences.cu_seqlens, longest, heads, attention.scaling, window)
@@ -655,18 +765,30 @@ def _add_product(
     hidden_states: torch.Tensor,
     states: torch.Tensor | RoundedRows,
     linear: nn.Linear | QuantizedLinear,
-    norm: nn.LayerNorm,
+    lacking: torch.Tensor | None,
+    layer_norm: nn.LayerNorm,
     taker: nn.Linear | QuantizedLinear | None,
     trained: bool,
 ) -> tuple[torch.Tensor, torch.Tensor | RoundedRows]:
+    parameters = layer_norm.weight, layer_norm.bias, layer_norm.eps
     if trained:
         # The bias is added with the rest, for its gradient then costs no pass over the frames.
         update = F.linear(cast(torch.Tensor, states), linear.weight)
-        return add_norm(hidden_states, update, norm.weight, norm.bias, norm.eps, linear.bias)
+        return add_norm(hidden_states, update, *parameters, linear.bias)
+    rounded = taker.weight.dtype if isinstance(taker, QuantizedLinear) else None
+    if rounded is None and _is_narrow(linear, hidden_states.dtype, is_row=True):
+        limit = _limit(hidden_states.dtype, differentiated=False)
+        states = cast(torch.Tensor, states)
+        bias = cast(torch.Tensor, linear.bias)
+        normed = product_add_norm_(hidden_states, states, linear.weight, bias, *parameters, limit)
+        return hidden_states, normed
+    if lacking is not None and not isinstance(linear, QuantizedLinear):
+        hidden_states.addmm_(cast(torch.Tensor, states), linear.weight.t())
+        return hidden_states, norm(hidden_states, lacking, *parameters, rounded)
     update = _product(linear, states, hidden_states.dtype)
-    if isinstance(taker, QuantizedLinear):
-        return add_norm_rounded(hidden_states, update, norm.weight, norm.bias, norm.eps, taker.weight.dtype)
-    return add_norm(hidden_states, update, norm.weight, norm.bias, norm.eps)
+    if rounded is not None:
+        return add_norm_rounded(hidden_states, update, *parameters, rounded, lacking)
+    return add_norm(hidden_states, update, *parameters, lacking)
 
 
 def _widen(
@@ -674,5 +796,8 @@ def _widen(
 ) -> torch.Tensor | RoundedRows:
     if trained:
         return bias_gelu(F.linear(cast(torch.Tensor, normed), layer.fc1.weight), layer.fc1.bias)
-    widened = _product(layer.fc1, normed, cast(nn.LayerNorm, layer.final_layer_norm).weight.dtype)
+    dtype = cast(nn.LayerNorm, layer.final_layer_norm).weight.dtype
+    if _is_narrow(layer.fc1, dtype, is_row=False) and not isinstance(layer.fc2, QuantizedLinear):
+        return product_gelu(cast(torch.Tensor, normed), layer.fc1.weight, layer.fc1.bias)
+    widened = _product(layer.fc1, normed, dtype)
     return gelu_rounded(widened, layer.fc2.weight.dtype) if isinstance(layer.fc2, QuantizedLinear) else gelu_(widened)

@@ -12,7 +12,7 @@ import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any, NamedTuple, TypeVar, cast
+from typing import Any, NamedTuple, Protocol, TypeVar, cast
 
 import torch
 import torch.distributed as dist
@@ -698,14 +698,24 @@ class MiMoAudioTokenizerResidualVectorQuantization(nn.Module):
         )
 
 
+class CodebookSearch(Protocol):
+    """Another way than codebook by codebook."""
+
+    def encode(self, features: torch.Tensor, num_quantizers: int) -> torch.Tensor:
+        """Features (n, dim) to codes (n, num_quantizers)."""
+
+    def decode(self, codes: torch.Tensor) -> torch.Tensor:
+        """Codes (n, Q) to the sum (n, dim) of their entries."""
+
+
 class MiMoAudioTokenizerResidualVectorQuantizer(nn.Module):
     """Residual vector quantizer: each codebook quantizes what the ones before it left over. Always in float32."""
 
     def __init__(self, config: MiMoAudioTokenizerConfig) -> None:
         super().__init__()
         self.vq = MiMoAudioTokenizerResidualVectorQuantization(config)
-        # Another way to the same codes, if there is one: features (n, dim), num_quantizers to (n, num_quantizers).
-        self.search: Callable[[torch.Tensor, int], torch.Tensor] | None = None
+        # Another way to the same codes and back, if there is one.
+        self.search: CodebookSearch | None = None
 
     @property
     def codebooks(self) -> list[MiMoAudioTokenizerCodebook]:
@@ -716,7 +726,7 @@ class MiMoAudioTokenizerResidualVectorQuantizer(nn.Module):
         """Features (n, dim) of a model in `dtype` to codes (n, num_quantizers) int64."""
         with torch.autocast(features.device.type, enabled=False):
             if self.search is not None:
-                return self.search(features, num_quantizers)
+                return self.search.encode(features, num_quantizers)
             residual = features.float()
             codes = []
             for codebook in self.codebooks[:num_quantizers]:
@@ -726,7 +736,9 @@ class MiMoAudioTokenizerResidualVectorQuantizer(nn.Module):
         return torch.stack(codes, dim=-1)
 
     def decode(self, codes: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-        """Codes (n, Q) to the sum (n, dim) of their entries, float32, for a model in `dtype`."""
+        """Codes (n, Q) to the sum (n, dim) of their entries for a model in `dtype`: float32, or rounded to it."""
+        if self.search is not None:
+            return self.search.decode(codes)
         codebooks = self.codebooks[: codes.shape[-1]]
         table = torch.cat([codebook.entries(dtype) for codebook in codebooks])
         codes = codes.to(table.device)

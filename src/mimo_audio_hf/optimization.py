@@ -79,3 +79,4 @@ def _join(model: MiMoAudioTokenizerModel) -> None:
         if isinstance(stack, MiMoAudioTokenizerStack) and kernels.fused.can_fuse(stack):
             for layer in stack.layers:
                 kernels.fused.join_projections(cast(MiMoAudioTokenizerLayer, layer).self_attn)
+            kernels.fused.sum_biases(stack, model.config.encoder_skip_layer_id if stack is model.encoder else None)

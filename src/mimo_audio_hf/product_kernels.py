@@ -1,0 +1,161 @@
+# Copyright 2026 The mimo-audio-hf authors. Licensed under the Apache License, Version 2.0.
+"""Triton kernels of narrow layers' matrix products together with what follows them, for inference.
+
+A product with so few columns (the vocoder's 256) is over before its operands are through the memory, so that what
+follows costs more than the product itself, unless it is done before the results leave the processor. Wide layers'
+products are faster in cuBLAS.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+
+
+# The widest row that a program holds, with all of its columns.
+MAX_DIM = 256
+COLUMNS, DEPTH = 128, 64
+
+
+@triton.jit
+def _product(states, weight, rows, columns, inside, depth: tl.constexpr, DEPTH: tl.constexpr):
+    """Of some rows and columns, states (total, depth) times weight (dim, depth) transposed."""
+    channel = tl.arange(0, DEPTH)
+    left = states + rows.to(tl.int64)[:, None] * depth + channel[None, :]
+    right = weight + columns[None, :] * depth + channel[:, None]
+    sums = tl.zeros([rows.shape[0], columns.shape[0]], tl.float32)
+    for start in range(0, depth, DEPTH):
+        sums = tl.dot(tl.load(left + start, inside, other=0.0), tl.load(right + start), sums)
+    return sums
+
+
+@triton.jit
+def _product_gelu_kernel(
+    states,
+    weight,
+    bias,
+    output,
+    total,
+    depth: tl.constexpr,
+    dim: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    DEPTH: tl.constexpr,
+):
+    rows = tl.program_id(1) * ROWS + tl.arange(0, ROWS)
+    columns = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
+    inside = (rows < total)[:, None]
+    x = _product(states, weight, rows, columns, inside, depth, DEPTH) + tl.load(bias + columns)[None, :].to(tl.float32)
+    x = x.to(output.dtype.element_ty).to(tl.float32)  # as the plain path rounds it
+    x = 0.5 * x * (1 + tl.erf(x * 0.7071067811865476))
+    tl.store(output + rows.to(tl.int64)[:, None] * dim + columns[None, :], x, inside)
+
+
+def product_gelu(states: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
+    """GELU (exact) of `states @ weight.T + bias`: (total, depth) to (total, dim). See [`takes_product`]."""
+    total, depth = states.shape
+    dim = len(weight)
+    output = states.new_empty(total, dim)
+    rows, columns = 128, min(dim, COLUMNS)
+    _product_gelu_kernel[(dim // columns, triton.cdiv(total, rows))](
+        states,
+        weight,
+        bias,
+        output,
+        total,
+        depth=depth,
+        dim=dim,
+        ROWS=rows,
+        COLUMNS=columns,
+        DEPTH=DEPTH,
+        num_warps=8,
+        num_stages=3,
+    )
+    return output
+
+
+@triton.jit
+def _product_add_norm_kernel(
+    states,
+    weight,
+    bias,
+    hidden,
+    norm_weight,
+    norm_shift,
+    normed,
+    total,
+    limit,
+    eps,
+    depth: tl.constexpr,
+    dim: tl.constexpr,
+    ROWS: tl.constexpr,
+    DEPTH: tl.constexpr,
+):
+    rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    columns = tl.arange(0, dim)
+    inside = (rows < total)[:, None]
+    place = rows.to(tl.int64)[:, None] * dim + columns[None, :]
+    x = _product(states, weight, rows, columns, inside, depth, DEPTH) + tl.load(bias + columns)[None, :].to(tl.float32)
+    x += tl.load(hidden + place, inside, other=0.0).to(tl.float32)
+    # Not tl.minimum and tl.maximum, which would make a number of NaN.
+    x = tl.where(x > limit, limit, tl.where(x < -limit, -limit, x)).to(hidden.dtype.element_ty)
+    tl.store(hidden + place, x, inside)
+    x = x.to(tl.float32)
+    x -= (tl.sum(x, axis=1) / dim)[:, None]
+    x *= tl.rsqrt(tl.sum(x * x, axis=1) / dim + eps)[:, None]
+    x = x * tl.load(norm_weight + columns)[None, :].to(tl.float32) + tl.load(norm_shift + columns)[None, :].to(
+        tl.float32
+    )
+    tl.store(normed + place, x, inside)
+
+
+def product_add_norm_(
+    hidden_states: torch.Tensor,
+    states: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor,
+    norm_weight: torch.Tensor,
+    norm_shift: torch.Tensor,
+    eps: float,
+    limit: float,
+) -> torch.Tensor:
+    """Adds `states @ weight.T + bias` to the residual stream, in place; its layer norm. See [`takes_product`].
+
+    Args:
+        hidden_states: (total, dim).
+        states: (total, depth).
+        limit: of the sums' size.
+
+    Returns:
+        (total, dim).
+    """
+    total, dim = hidden_states.shape
+    normed = torch.empty_like(hidden_states)
+    rows = 64
+    _product_add_norm_kernel[(triton.cdiv(total, rows),)](
+        states,
+        weight,
+        bias,
+        hidden_states,
+        norm_weight,
+        norm_shift,
+        normed,
+        total,
+        limit,
+        eps,
+        depth=states.shape[1],
+        dim=dim,
+        ROWS=rows,
+        DEPTH=DEPTH,
+        num_warps=8,
+        num_stages=2,  # what every GPU's shared memory has room for
+    )
+    return normed
+
+
+def takes_product(depth: int, dim: int, is_row: bool) -> bool:
+    """Whether a product with weights (dim, depth) may run here; `is_row` if all its columns are to be in a program."""
+    columns = dim if is_row else min(dim, COLUMNS)
+    whole = columns <= MAX_DIM and columns >= 16 and columns & (columns - 1) == 0 and dim % columns == 0
+    return whole and depth % DEPTH == 0
