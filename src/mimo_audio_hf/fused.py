@@ -298,7 +298,7 @@ def norm(
     eps: float,
     dtype: torch.dtype | None = None,
 ) -> torch.Tensor | RoundedRows:
-    """Layer norm of `hidden_states + bias` (total_frames, dim) without a gradient; in the 8 bits of `dtype`, if given."""
+    """Layer norm of `hidden_states + bias` (total_frames, dim) without a gradient, in 8 bits if `dtype` is given."""
     rounded = None if dtype is None else _empty_rounded(hidden_states, dtype)
     _, normed = _launch_add_norm(hidden_states, None, bias, weight, shift, eps, torch.inf, rounded=rounded)
     return normed if rounded is None else rounded
