@@ -211,9 +211,14 @@ class PackedConvTranspose1d(nn.ConvTranspose1d):
 class PackedGroupNorm(nn.GroupNorm):
     """Group normalization with one group: statistics over all channels and frames of each clip, in float32."""
 
+    # Another way to the same result, if there is one, for inference.
+    kernel: Callable[..., torch.Tensor] | None = None
+
     def forward(  # type: ignore[override]
         self, hidden_states: torch.Tensor, sequences: PackedSequences
     ) -> torch.Tensor:
+        if self.kernel is not None and not hidden_states.requires_grad:
+            return self.kernel(hidden_states, sequences, self.weight, self.bias, self.eps)
         x = hidden_states.float()
         centered = x - sequences.mean(x.mean(-1))[sequences.sequence_ids, None]
         variance = sequences.mean(centered.square().mean(-1))
@@ -909,6 +914,8 @@ class MiMoAudioTokenizerISTFTHead(nn.Module):
 
     # Largest magnitude of a spectrum's bin, as upstream has it.
     max_magnitude = 100.0
+    # Another way from log-magnitudes and phases to samples, if there is one, for inference.
+    kernel: Callable[..., torch.Tensor] | None = None
 
     def __init__(self, config: MiMoAudioTokenizerConfig) -> None:
         super().__init__()
@@ -916,7 +923,10 @@ class MiMoAudioTokenizerISTFTHead(nn.Module):
         self.istft = MiMoAudioTokenizerISTFT(config)
 
     def forward(self, hidden_states: torch.Tensor, layout: MiMoAudioTokenizerDecoderLayout) -> torch.Tensor:
-        log_magnitude, phase = self.out(hidden_states).float().chunk(2, dim=-1)
+        states = self.out(hidden_states)
+        if self.kernel is not None and not states.requires_grad:
+            return self.kernel(states, layout, self.istft, self.max_magnitude)
+        log_magnitude, phase = states.float().chunk(2, dim=-1)
         # Limited before exp: past its overflow the gradient of a limit after it would be NaN.
         spectrum = torch.polar(log_magnitude.clamp(max=math.log(self.max_magnitude)).exp(), phase)
         return self.istft(spectrum, layout)

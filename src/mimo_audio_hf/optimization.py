@@ -8,13 +8,14 @@ from typing import cast
 import torch
 from transformers.utils import logging
 
-from . import kernels
 from .graphs import GraphRunner
 from .modeling_mimo_audio_tokenizer import (
     ATTENTION_BACKENDS,
+    MiMoAudioTokenizerISTFTHead,
     MiMoAudioTokenizerLayer,
     MiMoAudioTokenizerModel,
     MiMoAudioTokenizerStack,
+    PackedGroupNorm,
 )
 
 
@@ -72,11 +73,17 @@ def optimize_for_inference(
 
 
 def _join(model: MiMoAudioTokenizerModel) -> None:
+    from . import fused, vocoder_kernels  # which import Triton
+
     dtype = model.encoder.conv1.weight.dtype
     entries = [codebook.entries(dtype) for codebook in model.encoder.quantizer.codebooks]
-    model.encoder.quantizer.search = kernels.fused.ResidualSearch(entries, dtype)
-    for stack in model.modules():
-        if isinstance(stack, MiMoAudioTokenizerStack) and kernels.fused.can_fuse(stack):
-            for layer in stack.layers:
-                kernels.fused.join_projections(cast(MiMoAudioTokenizerLayer, layer).self_attn)
-            kernels.fused.sum_biases(stack, model.config.encoder_skip_layer_id if stack is model.encoder else None)
+    model.encoder.quantizer.search = fused.ResidualSearch(entries, dtype)
+    for module in model.modules():
+        if isinstance(module, PackedGroupNorm):
+            module.kernel = vocoder_kernels.group_norm
+        elif isinstance(module, MiMoAudioTokenizerISTFTHead):
+            module.kernel = vocoder_kernels.synthesize
+        elif isinstance(module, MiMoAudioTokenizerStack) and fused.can_fuse(module):
+            for layer in module.layers:
+                fused.join_projections(cast(MiMoAudioTokenizerLayer, layer).self_attn)
+            fused.sum_biases(module, model.config.encoder_skip_layer_id if module is model.encoder else None)
