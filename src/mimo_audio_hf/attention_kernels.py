@@ -44,7 +44,7 @@ def _rotate(states, output, first, second, cos, sin, inside):
     tl.store(output + second, y * cos + x * sin, inside)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["pairs"])
 def _rotary_kernel(
     query, key, cos, sin, query_out, key_out, pairs, heads: tl.constexpr, half: tl.constexpr, BLOCK: tl.constexpr
 ):
@@ -95,7 +95,7 @@ def _seen(sequence_ids, query_rows, key_rows, total, left, right):
     return (distance >= -left) & (distance <= right) & (keys[None, :] == queries[:, None])
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["total"])
 def _banded_attention_kernel(
     query,
     key,
@@ -147,7 +147,7 @@ def _banded_attention_kernel(
         tl.store(log_sums + head * total + query_rows, largest + tl.log2(sums), query_rows < total)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["total"])
 def _banded_attention_gradient_kernel(
     query,
     key,
@@ -414,7 +414,7 @@ def _turned(states, place, inside, other_half, cos, sin, angle, sign):
     return (x * c + y * s * sign).to(states.dtype.element_ty)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["pairs"])
 def _rotate_kernel(states, cos, sin, pairs, stride, heads: tl.constexpr, half: tl.constexpr, BLOCK: tl.constexpr):
     pair = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     inside = pair < pairs

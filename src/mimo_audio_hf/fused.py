@@ -103,7 +103,7 @@ def _add_norm_kernel(
         tl.store(scales + tl.program_id(0), scale)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["total", "rows"])
 def _add_norm_gradient_kernel(
     hidden,
     hidden_gradient,
@@ -333,7 +333,7 @@ def gelu_rounded(states: torch.Tensor, dtype: torch.dtype) -> RoundedRows:
     return rounded
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["total"])
 def _gelu_kernel(states, bias, output, total, dim: tl.constexpr, BLOCK: tl.constexpr, HAS_BIAS: tl.constexpr):
     offset = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     inside = offset < total
@@ -343,7 +343,7 @@ def _gelu_kernel(states, bias, output, total, dim: tl.constexpr, BLOCK: tl.const
     tl.store(output + offset, _gelu(x), inside)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["total"])
 def _gelu_gradient_kernel(
     states,
     bias,

@@ -30,7 +30,7 @@ def _product(states, weight, rows, columns, inside, depth: tl.constexpr, DEPTH: 
     return sums
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["total"])
 def _product_gelu_kernel(
     states,
     weight,
@@ -75,7 +75,7 @@ def product_gelu(states: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor)
     return output
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["total"])
 def _product_add_norm_kernel(
     states,
     weight,

@@ -93,7 +93,7 @@ def _spectrum_kernel(states, spectrum, log_limit, bins: tl.constexpr, BLOCK: tl.
     tl.store(spectrum + row + 2 * columns + 1, magnitude * tl.sin(phase), inside)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["pieces_total", "blocks"])
 def _overlap_kernel(
     frames, index, output, pieces_total, blocks, size: tl.constexpr, pieces: tl.constexpr, TAPS: tl.constexpr,
     ROWS: tl.constexpr, BLOCK: tl.constexpr,
