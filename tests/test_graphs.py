@@ -210,10 +210,10 @@ def test_a_model_that_was_changed_in_part_is_refused(runner, model):
 def test_what_was_made_for_other_weights_goes(change):
     model = optimize_for_inference(load_model("tiny", device="cpu"))
     model.graphs = GraphRunner(model, capture=False)
-    model.encoder.quantizer.search = lambda features, num_quantizers: 1 / 0
+    model.encoder.quantizer.optimized = lambda features, num_quantizers: 1 / 0
     assert load_model(model, device="cpu", dtype="float32").graphs is not None
     change(model)
-    assert model.graphs is None and model.encoder.quantizer.search is None
+    assert model.graphs is None and model.encoder.quantizer.optimized is None
 
 
 def test_graphs_do_not_keep_the_model(model):

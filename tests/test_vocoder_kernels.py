@@ -55,6 +55,6 @@ def test_synthesis():
     hidden_states = torch.randn(layout.mel.total, model.config.vocoder_dim, device=DEVICE)
     head.out.bias[:481] = torch.linspace(-3, 6, 481)  # some magnitudes beyond the limit
     expected = head(hidden_states, layout)
-    head.kernel = vocoder_kernels.synthesize
+    head.optimized = vocoder_kernels.synthesize
     output = head(hidden_states, layout)
     torch.testing.assert_close(output, expected, rtol=0, atol=1e-5 * expected.abs().max().item())

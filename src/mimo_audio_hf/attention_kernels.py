@@ -224,9 +224,9 @@ def _rotate_pairs(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     query, key = query.contiguous(), key.contiguous()
     outputs = torch.empty_like(query), torch.empty_like(key)
-    pairs, block = query.numel() // 2, 1024
-    _rotary_kernel[(triton.cdiv(pairs, block),)](
-        query, key, cos, sin, *outputs, pairs, heads=query.shape[1], half=query.shape[2] // 2, BLOCK=block
+    pairs = query.numel() // 2
+    _rotary_kernel[(triton.cdiv(pairs, ROTATE_BLOCK),)](
+        query, key, cos, sin, *outputs, pairs, heads=query.shape[1], half=query.shape[2] // 2, BLOCK=ROTATE_BLOCK
     )
     return outputs
 
@@ -371,15 +371,15 @@ def takes_band(window: Window, head_dim: int) -> bool:
     return min(window) >= 0 and _keys(*window) <= MAX_KEYS and head_dim in HEAD_DIMS
 
 
-def _needs_gradient(*tensors: torch.Tensor) -> bool:
-    return torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)
+def needs_gradient(*tensors: torch.Tensor | None) -> bool:
+    return torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in tensors)
 
 
 def triton_rotary(
     query: torch.Tensor, key: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Half-split rotation of queries and keys (total_frames, heads, head_dim)."""
-    if _needs_gradient(query, key):
+    if needs_gradient(query, key):
         return _Rotary.apply(query, key, cos, sin)
     return _rotate_pairs(query, key, cos, sin)
 
@@ -394,7 +394,7 @@ def triton_attention_forward(
     window: Window,
 ) -> torch.Tensor:
     """Attention within a narrow window in one tile of scores; PyTorch's FlashAttention for every other."""
-    differentiated = _needs_gradient(query, key, value)
+    differentiated = needs_gradient(query, key, value)
     head_dim = query.shape[2]
     if not takes_band(window, head_dim) or (differentiated and head_dim not in GRADIENT_HEAD_DIMS):
         return torch_varlen_attention_forward(query, key, value, attention_mask, scaling, sequences, window)

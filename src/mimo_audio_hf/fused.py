@@ -19,7 +19,15 @@ from torch import nn
 from torch.autograd.function import once_differentiable
 from transformers.activations import ACT2FN
 
-from .attention_kernels import HEAD_DIMS, MAX_CLIPS, MAX_PLACE, banded_rotary_attention, rotary_attention_, takes_band
+from .attention_kernels import (
+    HEAD_DIMS,
+    MAX_CLIPS,
+    MAX_PLACE,
+    banded_rotary_attention,
+    needs_gradient,
+    rotary_attention_,
+    takes_band,
+)
 from .modeling_mimo_audio_tokenizer import (
     AttentionBackend,
     MiMoAudioTokenizerAttention,
@@ -28,7 +36,7 @@ from .modeling_mimo_audio_tokenizer import (
     PackedSequences,
     Window,
 )
-from .product_kernels import product_add_norm_, product_gelu, takes_product
+from .product_kernels import gelu, limited, product_add_norm_, product_gelu, takes_product
 from .quantization import QuantizedLinear, RoundedRows, require_no_gradient, round_rows
 
 
@@ -85,8 +93,7 @@ def _add_norm_kernel(
             u += _row(bias, 0, columns, inside)
         x += u
         # Rounded as what is stored, for that is what the plain path norms.
-        # Not tl.minimum and tl.maximum, which would make a number of NaN.
-        x = tl.where(x > limit, limit, tl.where(x < -limit, -limit, x)).to(hidden_out.dtype.element_ty)
+        x = limited(x, limit).to(hidden_out.dtype.element_ty)
         tl.store(hidden_out + row + columns, x, inside)
         x = x.to(tl.float32)
     elif HAS_BIAS:
@@ -192,10 +199,6 @@ class _AddNorm(torch.autograd.Function):
         return gradient, gradient, bias_gradient if ctx.has_bias else None, weight_gradient, shift_gradient, None
 
 
-def _needs_gradient(*tensors: torch.Tensor | None) -> bool:
-    return torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in tensors)
-
-
 def _launch_add_norm(
     hidden_states: torch.Tensor,
     update: torch.Tensor | None,
@@ -255,9 +258,9 @@ def add_norm(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """The residual stream `hidden_states + update + bias` and its layer norm, both (total_frames, dim).
 
-    Half-precision sums are limited where the plain layers limit them.
+    Half-precision sums are limited, here after attention as well as at a layer's end.
     """
-    differentiated = _needs_gradient(hidden_states, update, weight, shift, bias)
+    differentiated = needs_gradient(hidden_states, update, weight, shift, bias)
     limit = _limit(hidden_states.dtype, differentiated)
     limited = limit < torch.inf
     if not differentiated:
@@ -305,16 +308,11 @@ def norm(
 
 
 @triton.jit
-def _gelu(x):
-    return 0.5 * x * (1 + tl.erf(x * 0.7071067811865476))
-
-
-@triton.jit
 def _gelu_rounded_kernel(states, output, round_scales, largest_rounded, dim: tl.constexpr, BLOCK: tl.constexpr):
     row = tl.program_id(0).to(tl.int64) * dim
     columns = tl.arange(0, BLOCK)
     inside = columns < dim
-    x = _gelu(_row(states, row, columns, inside)).to(states.dtype.element_ty)
+    x = gelu(_row(states, row, columns, inside)).to(states.dtype.element_ty)
     tl.store(output + row + columns, _scaled_row(x, round_scales, largest_rounded), inside)
 
 
@@ -340,7 +338,7 @@ def _gelu_kernel(states, bias, output, total, dim: tl.constexpr, BLOCK: tl.const
     x = tl.load(states + offset, inside, other=0.0).to(tl.float32)
     if HAS_BIAS:
         x += tl.load(bias + offset % dim, inside, other=0.0).to(tl.float32)
-    tl.store(output + offset, _gelu(x), inside)
+    tl.store(output + offset, gelu(x), inside)
 
 
 @triton.jit(do_not_specialize=["total"])
@@ -412,7 +410,7 @@ def _launch_gelu(states: torch.Tensor, bias: torch.Tensor | None, output: torch.
 def bias_gelu(states: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
     """GELU (exact) of `states + bias`, (total_frames, dim)."""
     states = states.contiguous()
-    if _needs_gradient(states, bias):
+    if needs_gradient(states, bias):
         return _BiasGelu.apply(states, bias)
     return _launch_gelu(states, bias, torch.empty_like(states))
 
@@ -609,8 +607,7 @@ def join_projections(attention: MiMoAudioTokenizerAttention) -> None:
         linear.weight.data = part
         if linear.bias is not None:
             linear.bias.data = part_bias
-    # Not as a module: its tensors are the projections' own.
-    attention.__dict__["joined_projections"] = JoinedProjections(joined)
+    attention.optimized = JoinedProjections(joined)  # no module of the model's: its tensors are the projections' own
 
 
 class SummedBiases(NamedTuple):
@@ -633,6 +630,8 @@ def sum_biases(stack: MiMoAudioTokenizerStack, skip_layer_id: int | None) -> Non
     """
     layers = _layers(stack)
     linears = [linear for layer in layers for linear in (layer.self_attn.out_proj, layer.fc2)]
+    if stack.layer_norm.weight.dtype != torch.bfloat16:
+        return
     if any(_is_narrow(linear, torch.bfloat16, is_row=True) for linear in linears):
         return
     lacking = torch.zeros_like(cast(torch.Tensor, stack.layer_norm.weight), dtype=torch.float32)
@@ -648,7 +647,7 @@ def sum_biases(stack: MiMoAudioTokenizerStack, skip_layer_id: int | None) -> Non
         if skip_layer_id is not None and number == 2 * skip_layer_id:
             skipped = lacking
     skipped = None if skipped is None else skipped + lacking
-    stack.__dict__["summed_biases"] = SummedBiases(sums, skipped, layers[0].self_attn.out_proj.weight.data_ptr())
+    stack.optimized = SummedBiases(sums, skipped, layers[0].self_attn.out_proj.weight.data_ptr())
 
 
 def run_layers(
@@ -676,7 +675,9 @@ def run_layers(
     )
     if isinstance(layers[0].fc1, QuantizedLinear):
         require_no_gradient(hidden_states)
-    biases: SummedBiases | None = vars(stack).get("summed_biases")
+    if not trained:
+        hidden_states = hidden_states.contiguous()
+    biases: SummedBiases | None = stack.optimized
     if trained or biases is None or hidden_states.dtype != torch.bfloat16 or not biases.are_those_of(stack):
         biases = None
     skip = None
@@ -731,7 +732,7 @@ def _attend(
     trained: bool,
 ) -> torch.Tensor:
     dtype = position_embeddings[0].dtype
-    joined = vars(attention).get("joined_projections")
+    joined: JoinedProjections | None = attention.optimized
     if joined is not None and not trained and joined.are_those_of(attention):
         query, key, value = _product(joined.linear, normed, dtype).chunk(3, dim=1)
     else:

@@ -211,14 +211,14 @@ class PackedConvTranspose1d(nn.ConvTranspose1d):
 class PackedGroupNorm(nn.GroupNorm):
     """Group normalization with one group: statistics over all channels and frames of each clip, in float32."""
 
-    # Another way to the same result, if there is one, for inference.
-    kernel: Callable[..., torch.Tensor] | None = None
+    # Another way to the same result, if `mimo_audio_hf.optimize_for_inference` gave one; so in other modules.
+    optimized: Callable[..., torch.Tensor] | None = None
 
     def forward(  # type: ignore[override]
         self, hidden_states: torch.Tensor, sequences: PackedSequences
     ) -> torch.Tensor:
-        if self.kernel is not None and not hidden_states.requires_grad:
-            return self.kernel(hidden_states, sequences, self.weight, self.bias, self.eps)
+        if self.optimized is not None and not hidden_states.requires_grad:
+            return self.optimized(hidden_states, sequences, self.weight, self.bias, self.eps)
         x = hidden_states.float()
         centered = x - sequences.mean(x.mean(-1))[sequences.sequence_ids, None]
         variance = sequences.mean(centered.square().mean(-1))
@@ -438,6 +438,9 @@ def _rotary_embedding(
 class MiMoAudioTokenizerAttention(nn.Module):
     """Multi-head self-attention of each clip to itself, within a window of (left, right) frames."""
 
+    # What a backend that runs whole layers has made ready of the projections.
+    optimized: Any = None
+
     def __init__(self, dim: int, num_heads: int, window: Window) -> None:
         super().__init__()
         self.head_dim = dim // num_heads
@@ -515,6 +518,9 @@ class MiMoAudioTokenizerLayer(GradientCheckpointingLayer):
 
 class MiMoAudioTokenizerStack(nn.Module):
     """Base of encoder, decoder and vocoder: `layers` and a final `layer_norm` over packed clips."""
+
+    # What a backend that runs whole layers has made ready of them.
+    optimized: Any = None
 
     def __init__(
         self,
@@ -716,11 +722,11 @@ class CodebookSearch(Protocol):
 class MiMoAudioTokenizerResidualVectorQuantizer(nn.Module):
     """Residual vector quantizer: each codebook quantizes what the ones before it left over. Always in float32."""
 
+    optimized: CodebookSearch | None = None
+
     def __init__(self, config: MiMoAudioTokenizerConfig) -> None:
         super().__init__()
         self.vq = MiMoAudioTokenizerResidualVectorQuantization(config)
-        # Another way to the same codes and back, if there is one.
-        self.search: CodebookSearch | None = None
 
     @property
     def codebooks(self) -> list[MiMoAudioTokenizerCodebook]:
@@ -730,8 +736,8 @@ class MiMoAudioTokenizerResidualVectorQuantizer(nn.Module):
     def encode(self, features: torch.Tensor, num_quantizers: int, dtype: torch.dtype) -> torch.Tensor:
         """Features (n, dim) of a model in `dtype` to codes (n, num_quantizers) int64."""
         with torch.autocast(features.device.type, enabled=False):
-            if self.search is not None:
-                return self.search.encode(features, num_quantizers)
+            if self.optimized is not None:
+                return self.optimized.encode(features, num_quantizers)
             residual = features.float()
             codes = []
             for codebook in self.codebooks[:num_quantizers]:
@@ -742,8 +748,8 @@ class MiMoAudioTokenizerResidualVectorQuantizer(nn.Module):
 
     def decode(self, codes: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
         """Codes (n, Q) to the sum (n, dim) of their entries for a model in `dtype`: float32, or rounded to it."""
-        if self.search is not None:
-            return self.search.decode(codes)
+        if self.optimized is not None:
+            return self.optimized.decode(codes)
         codebooks = self.codebooks[: codes.shape[-1]]
         table = torch.cat([codebook.entries(dtype) for codebook in codebooks])
         codes = codes.to(table.device)
@@ -914,8 +920,8 @@ class MiMoAudioTokenizerISTFTHead(nn.Module):
 
     # Largest magnitude of a spectrum's bin, as upstream has it.
     max_magnitude = 100.0
-    # Another way from log-magnitudes and phases to samples, if there is one, for inference.
-    kernel: Callable[..., torch.Tensor] | None = None
+    # Another way from log-magnitudes and phases to samples.
+    optimized: Callable[..., torch.Tensor] | None = None
 
     def __init__(self, config: MiMoAudioTokenizerConfig) -> None:
         super().__init__()
@@ -924,8 +930,8 @@ class MiMoAudioTokenizerISTFTHead(nn.Module):
 
     def forward(self, hidden_states: torch.Tensor, layout: MiMoAudioTokenizerDecoderLayout) -> torch.Tensor:
         states = self.out(hidden_states)
-        if self.kernel is not None and not states.requires_grad:
-            return self.kernel(states, layout, self.istft, self.max_magnitude)
+        if self.optimized is not None and not states.requires_grad:
+            return self.optimized(states, layout, self.istft, self.max_magnitude)
         log_magnitude, phase = states.float().chunk(2, dim=-1)
         # Limited before exp: past its overflow the gradient of a limit after it would be NaN.
         spectrum = torch.polar(log_magnitude.clamp(max=math.log(self.max_magnitude)).exp(), phase)
@@ -1234,7 +1240,8 @@ class MiMoAudioTokenizerModel(MiMoAudioTokenizerPreTrainedModel):
     def drop_optimizations(self) -> None:
         """Takes back what `mimo_audio_hf.optimize_for_inference` did, but for freezing."""
         self.graphs = None
-        self.encoder.quantizer.search = None
+        for module in self.modules():
+            vars(module).pop("optimized", None)
 
     def _apply(self, *args: Any, **kwargs: Any) -> Any:
         self.drop_optimizations()  # moved or cast

@@ -33,9 +33,10 @@ def optimize_for_inference(
 
     In half precision on an NVIDIA GPU, where the attention backend is `"triton_varlen"`, the projections to queries,
     keys and values become one product (in memory; `state_dict` and saved files keep their names), and the codebooks
-    are searched in one product and one kernel, which takes 76 MB at the released size. With the backends made for
-    packed clips (`"triton_varlen"`, `"torch_varlen"`, `"flash_attention_2"`), calls of up to a minute of audio are run
-    as CUDA graphs: `encode` and `decode` on padded tensors, [`encode_waveforms`], [`decode_codes`] and streaming. A
+    are searched in one product and one kernel, which takes 76 MB at the released size; sums, norms, the vocoder's
+    narrow products and what surrounds its FFT run in kernels of the package's. With the backends made for packed clips
+    (`"triton_varlen"`, `"torch_varlen"`, `"flash_attention_2"`), calls of up to a minute of audio are run as CUDA
+    graphs: `encode` and `decode` on padded tensors, [`encode_waveforms`], [`decode_codes`] and streaming. A
     graph is recorded when a size, rounded up to a quarter of an octave, comes the second time, which takes a few
     tenths of a second. Elsewhere nothing but freezing is to be done.
 
@@ -56,8 +57,8 @@ def optimize_for_inference(
         raise ValueError(
             f"cuda_graphs=True for a model on {', '.join(map(str, devices))}; accepted: one NVIDIA GPU for all of it"
         )
-    if can_record and model.attn_implementation == "triton_varlen" and model.encoder.quantizer.search is None:
-        _join(model)
+    if can_record and model.attn_implementation == "triton_varlen" and model.encoder.quantizer.optimized is None:
+        _install_kernels(model)
     if cuda_graphs is None:
         # Other backends take dense masks, which grow with the filler.
         cuda_graphs = can_record and ATTENTION_BACKENDS[model.attn_implementation].make_mask is None
@@ -67,22 +68,22 @@ def optimize_for_inference(
         model.graphs = GraphRunner(model)
     logger.info(
         f"attention: {model.attn_implementation}; CUDA graphs: {'no' if model.graphs is None else 'yes'}; codebooks: "
-        f"{'one by one' if model.encoder.quantizer.search is None else 'searched in one pass'}"
+        f"{'one by one' if model.encoder.quantizer.optimized is None else 'searched in one pass'}"
     )
     return model
 
 
-def _join(model: MiMoAudioTokenizerModel) -> None:
+def _install_kernels(model: MiMoAudioTokenizerModel) -> None:
     from . import fused, vocoder_kernels  # which import Triton
 
     dtype = model.encoder.conv1.weight.dtype
     entries = [codebook.entries(dtype) for codebook in model.encoder.quantizer.codebooks]
-    model.encoder.quantizer.search = fused.ResidualSearch(entries, dtype)
+    model.encoder.quantizer.optimized = fused.ResidualSearch(entries, dtype)
     for module in model.modules():
         if isinstance(module, PackedGroupNorm):
-            module.kernel = vocoder_kernels.group_norm
+            module.optimized = vocoder_kernels.group_norm
         elif isinstance(module, MiMoAudioTokenizerISTFTHead):
-            module.kernel = vocoder_kernels.synthesize
+            module.optimized = vocoder_kernels.synthesize
         elif isinstance(module, MiMoAudioTokenizerStack) and fused.can_fuse(module):
             for layer in module.layers:
                 fused.join_projections(cast(MiMoAudioTokenizerLayer, layer).self_attn)

@@ -19,6 +19,18 @@ COLUMNS, DEPTH = 128, 64
 
 
 @triton.jit
+def gelu(x):
+    """GELU (exact)."""
+    return 0.5 * x * (1 + tl.erf(x * 0.7071067811865476))
+
+
+@triton.jit
+def limited(x, limit):
+    """Not by tl.minimum and tl.maximum, which would make a number of NaN."""
+    return tl.where(x > limit, limit, tl.where(x < -limit, -limit, x))
+
+
+@triton.jit
 def _product(states, weight, rows, columns, inside, depth: tl.constexpr, DEPTH: tl.constexpr):
     """Of some rows and columns, states (total, depth) times weight (dim, depth) transposed."""
     channel = tl.arange(0, DEPTH)
@@ -48,12 +60,12 @@ def _product_gelu_kernel(
     inside = (rows < total)[:, None]
     x = _product(states, weight, rows, columns, inside, depth, DEPTH) + tl.load(bias + columns)[None, :].to(tl.float32)
     x = x.to(output.dtype.element_ty).to(tl.float32)  # as the plain path rounds it
-    x = 0.5 * x * (1 + tl.erf(x * 0.7071067811865476))
-    tl.store(output + rows.to(tl.int64)[:, None] * dim + columns[None, :], x, inside)
+    tl.store(output + rows.to(tl.int64)[:, None] * dim + columns[None, :], gelu(x), inside)
 
 
 def product_gelu(states: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
     """GELU (exact) of `states @ weight.T + bias`: (total, depth) to (total, dim). See [`takes_product`]."""
+    states = states.contiguous()
     total, depth = states.shape
     dim = len(weight)
     output = states.new_empty(total, dim)
@@ -98,8 +110,7 @@ def _product_add_norm_kernel(
     place = rows.to(tl.int64)[:, None] * dim + columns[None, :]
     x = _product(states, weight, rows, columns, inside, depth, DEPTH) + tl.load(bias + columns)[None, :].to(tl.float32)
     x += tl.load(hidden + place, inside, other=0.0).to(tl.float32)
-    # Not tl.minimum and tl.maximum, which would make a number of NaN.
-    x = tl.where(x > limit, limit, tl.where(x < -limit, -limit, x)).to(hidden.dtype.element_ty)
+    x = limited(x, limit).to(hidden.dtype.element_ty)
     tl.store(hidden + place, x, inside)
     x = x.to(tl.float32)
     x -= (tl.sum(x, axis=1) / dim)[:, None]
@@ -123,8 +134,8 @@ def product_add_norm_(
     """Adds `states @ weight.T + bias` to the residual stream, in place; its layer norm. See [`takes_product`].
 
     Args:
-        hidden_states: (total, dim).
-        states: (total, depth).
+        hidden_states: (total, dim), contiguous.
+        states: (total, depth), of the same dtype as all others.
         limit: of the sums' size.
 
     Returns:
@@ -134,7 +145,7 @@ def product_add_norm_(
     normed = torch.empty_like(hidden_states)
     rows = 64
     _product_add_norm_kernel[(triton.cdiv(total, rows),)](
-        states,
+        states.contiguous(),
         weight,
         bias,
         hidden_states,
@@ -155,7 +166,10 @@ def product_add_norm_(
 
 
 def takes_product(depth: int, dim: int, is_row: bool) -> bool:
-    """Whether a product with weights (dim, depth) may run here; `is_row` if all its columns are to be in a program."""
+    """Whether a product with contiguous weights (dim, depth) runs here: a narrow one.
+
+    `is_row`: whether all its columns are to be in a program.
+    """
     columns = dim if is_row else min(dim, COLUMNS)
     whole = columns <= MAX_DIM and columns >= 16 and columns & (columns - 1) == 0 and dim % columns == 0
-    return whole and depth % DEPTH == 0
+    return whole and min(depth, dim) <= MAX_DIM and depth % DEPTH == 0
