@@ -85,26 +85,51 @@ def seconds_of(function: Callable[[], Any], repeats: int = 20, warmup: int = 5, 
     """Median of `repeats` runs, by CUDA events, or on a CPU by its clock."""
     for _ in range(warmup):
         function()
-    times = []
-    for _ in range(repeats):
-        if device == "cpu":
-            started = time.perf_counter()
-            function()
-            times.append(time.perf_counter() - started)
-            continue
-        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        start.record()
+    return statistics.median(_seconds(function, device) for _ in range(repeats))
+
+
+def _seconds(function: Callable[[], Any], device: str) -> float:
+    if device == "cpu":
+        started = time.perf_counter()
         function()
-        end.record()
-        end.synchronize()
-        times.append(start.elapsed_time(end) / 1000)
-    return statistics.median(times)
+        return time.perf_counter() - started
+    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    start.record()
+    function()
+    end.record()
+    end.synchronize()
+    return start.elapsed_time(end) / 1000
 
 
-def measured_ceiling(size: int = 8192, device: str = "cuda", dtype: torch.dtype = torch.bfloat16) -> float:
+class Ceiling:
     """FLOP/s of a product of random square matrices: the rate that the floor is counted at."""
-    a, b = (torch.randn(size, size, device=device, dtype=dtype) for _ in range(2))
-    return 2 * size**3 / seconds_of(lambda: a @ b, device=device)
+
+    def __init__(self, size: int = 8192, device: str = "cuda", dtype: torch.dtype = torch.bfloat16) -> None:
+        self.flops, self.device = 2 * size**3, device
+        self.factors = [torch.randn(size, size, device=device, dtype=dtype) for _ in range(2)]
+
+    def _product(self) -> None:
+        torch.mm(*self.factors)
+
+    def measure(self) -> float:
+        """As the GPU is after a pause."""
+        return self.flops / seconds_of(self._product, device=self.device)
+
+    def beside(self, function: Callable[[], Any], repeats: int = 20, warmup: int = 5) -> tuple[float, float]:
+        """Median seconds of a function, and the rate of products that take turns with it.
+
+        A GPU that works without a pause is slower than one that is rested; so both are measured in the same state.
+        """
+        for _ in range(warmup):
+            function()
+        pairs = [(_seconds(self._product, self.device), _seconds(function, self.device)) for _ in range(repeats)]
+        products, seconds = (statistics.median(column) for column in zip(*pairs, strict=True))
+        return seconds, self.flops / products
+
+
+def measured_ceiling() -> float:
+    """[`Ceiling`] of bfloat16 on the GPU after a pause."""
+    return Ceiling().measure()
 
 
 def report(name: str, results: dict[str, Any], output: Path | None, device: str | None = None) -> None:

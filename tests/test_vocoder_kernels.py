@@ -38,8 +38,8 @@ def test_group_norm(dim):
         for clip in states.split(LENGTHS)
     ]
     error = output.double() - torch.cat([clip[0].t() for clip in expected])
-    # Rounded once, to 2**-9 of numbers of up to a few; of a clip of one row no other has a part in the mean.
-    assert error.abs().max() < 2**-9 * torch.cat([clip.flatten() for clip in expected]).abs().max()
+    # Rounded once, to 2**-8 of themselves; of a clip of one row no other has a part in the mean.
+    assert error.abs().max() < 2**-8 * torch.cat([clip.flatten() for clip in expected]).abs().max()
     nothing = modeling.PackedSequences.from_tensor(torch.tensor([0, 5, 0], device=DEVICE), 5, 5)
     assert vocoder_kernels.group_norm(states[:5], nothing, norm.weight, norm.bias, norm.eps).isfinite().all()
 

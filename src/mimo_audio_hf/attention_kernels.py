@@ -468,9 +468,13 @@ def _attend_to_blocks(
                 seen = seen & (rows[None, :] >= at[:, None] - LEFT)
             if RIGHT >= 0:
                 seen = seen & (rows[None, :] <= at[:, None] + RIGHT)
-            scores = tl.where(seen, scores, -1e30)
-        highest = tl.maximum(largest, tl.max(scores, axis=1) * scale)
-        weights = tl.exp2(scores * scale - highest[:, None])
+            # Scaled first: where a query sees nothing of a block, the difference to the highest is to be zero.
+            scores = tl.where(seen, scores * scale, -1e30)
+            highest = tl.maximum(largest, tl.max(scores, axis=1))
+            weights = tl.exp2(scores - highest[:, None])
+        else:
+            highest = tl.maximum(largest, tl.max(scores, axis=1) * scale)
+            weights = tl.exp2(scores * scale - highest[:, None])
         shrunk = tl.exp2(largest - highest)
         sums = sums * shrunk + tl.sum(weights, axis=1)
         attended = tl.dot(weights.to(v.dtype), v, attended * shrunk[:, None])

@@ -179,11 +179,14 @@ class MiMoAudioTokenizerFeatureExtractor(SequenceFeatureExtractor):
         reach = self.nfft // 2
         padded = torch.where(lengths <= reach, self.nfft, lengths)
         first = (hop - (ends - frame_lengths - seam)[clip]) * self.hop_length - reach
-        place = first[:, None] + torch.arange(self.hop_length, device=samples.device)
-        last = padded[clip, None] - 1
-        place = last - (last - place.abs()).abs()
-        inside = (place >= 0) & (place < lengths[clip, None])
-        rows = (place + (lengths.cumsum(0) - lengths)[clip, None]).clamp(0, len(samples) - 1)
+        # What follows is of every sample: 32 bits where they suffice.
+        index = torch.int32 if (len(hop) + seam) * self.hop_length < 2**30 else torch.int64
+        first, last = first[:, None].to(index), (padded[clip, None] - 1).to(index)
+        starts, lengths = (lengths.cumsum(0) - lengths)[clip, None].to(index), lengths[clip, None].to(index)
+        place = first + torch.arange(self.hop_length, device=samples.device, dtype=index)
+        place = last - (last - place.abs_()).abs_()
+        inside = (place >= 0) & (place < lengths)
+        rows = (place + starts).clamp_(0, len(samples) - 1)
         mel = self._log_mel(torch.where(inside, samples[rows], 0.0).flatten())
         frame = torch.arange(total_frames, device=samples.device)
         clip = torch.searchsorted(frame_lengths.cumsum(0), frame, right=True)

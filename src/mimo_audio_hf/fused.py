@@ -52,12 +52,11 @@ def _row(pointer, row, columns, inside):
 
 
 @triton.jit
-def _scaled_row(row, round_scales, largest_rounded):
-    """A row divided so that the largest number is the largest in 8 bits, after storing what it was divided by."""
-    row = row.to(tl.float32)
-    scale = tl.maximum(tl.max(tl.abs(row), axis=0), 1e-12) / largest_rounded
+def _stored_scale(largest, round_scales, largest_rounded):
+    """What to divide a row by so that its largest number is the largest in 8 bits, after storing it."""
+    scale = tl.maximum(largest, 1e-12) / largest_rounded
     tl.store(round_scales + tl.program_id(0), scale)
-    return row / scale
+    return scale
 
 
 @triton.jit
@@ -103,7 +102,8 @@ def _add_norm_kernel(
     scale = tl.rsqrt(tl.sum(centered * centered, axis=0) / dim + eps)
     normed = centered * scale * _row(weight, 0, columns, inside) + _row(shift, 0, columns, inside)
     if ROUNDS:
-        normed = _scaled_row(normed.to(hidden.dtype.element_ty), round_scales, largest_rounded)
+        normed = normed.to(hidden.dtype.element_ty).to(tl.float32)
+        normed /= _stored_scale(tl.max(tl.abs(normed), axis=0), round_scales, largest_rounded)
     tl.store(normed_out + row + columns, normed, inside)
     if KEEPS:
         tl.store(means + tl.program_id(0), mean)
@@ -308,33 +308,43 @@ def norm(
 
 
 @triton.jit
-def _gelu_rounded_kernel(states, output, round_scales, largest_rounded, dim: tl.constexpr, BLOCK: tl.constexpr):
+def _gelu_rounded_kernel(
+    states, output, round_scales, largest_rounded, dim: tl.constexpr, BLOCK: tl.constexpr, REST: tl.constexpr
+):
+    """In parts of BLOCK and of up to REST columns, so that little of the work is on columns that are not there."""
     row = tl.program_id(0).to(tl.int64) * dim
     columns = tl.arange(0, BLOCK)
-    inside = columns < dim
-    x = gelu(_row(states, row, columns, inside)).to(states.dtype.element_ty)
-    tl.store(output + row + columns, _scaled_row(x, round_scales, largest_rounded), inside)
+    others = BLOCK + tl.arange(0, REST)
+    x = gelu(tl.load(states + row + columns).to(tl.float32)).to(states.dtype.element_ty).to(tl.float32)
+    y = gelu(_row(states, row, others, others < dim)).to(states.dtype.element_ty).to(tl.float32)
+    largest = tl.maximum(tl.max(tl.abs(x), axis=0), tl.max(tl.abs(y), axis=0))
+    scale = _stored_scale(largest, round_scales, largest_rounded)
+    tl.store(output + row + columns, x / scale)
+    tl.store(output + row + others, y / scale, others < dim)
 
 
 def gelu_rounded(states: torch.Tensor, dtype: torch.dtype) -> RoundedRows:
     """GELU (exact) of (total_frames, dim) without a gradient, rows in the 8 bits of `dtype`."""
     total, dim = states.shape
     rounded = _empty_rounded(states, dtype)
+    block = 1 << (dim.bit_length() - 1)
     _gelu_rounded_kernel[(total,)](
         states,
         *rounded,
         _largest(rounded),
         dim=dim,
-        BLOCK=triton.next_power_of_2(dim),
+        BLOCK=block,
+        REST=triton.next_power_of_2(max(dim - block, 1)),
         num_warps=8,
     )
     return rounded
 
 
-@triton.jit(do_not_specialize=["total"])
-def _gelu_kernel(states, bias, output, total, dim: tl.constexpr, BLOCK: tl.constexpr, HAS_BIAS: tl.constexpr):
+@triton.jit(do_not_specialize=["rows"])
+def _gelu_kernel(states, bias, output, rows, dim: tl.constexpr, BLOCK: tl.constexpr, HAS_BIAS: tl.constexpr):
     offset = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    inside = offset < total
+    # Computed here from `dim`, it is known to be a multiple of what is loaded at once.
+    inside = offset < rows.to(tl.int64) * dim
     x = tl.load(states + offset, inside, other=0.0).to(tl.float32)
     if HAS_BIAS:
         x += tl.load(bias + offset % dim, inside, other=0.0).to(tl.float32)
@@ -402,7 +412,7 @@ class _BiasGelu(torch.autograd.Function):
 def _launch_gelu(states: torch.Tensor, bias: torch.Tensor | None, output: torch.Tensor) -> torch.Tensor:
     block = 4096
     _gelu_kernel[(triton.cdiv(states.numel(), block),)](
-        states, bias, output, states.numel(), dim=states.shape[1], BLOCK=block, HAS_BIAS=bias is not None
+        states, bias, output, len(states), dim=states.shape[1], BLOCK=block, HAS_BIAS=bias is not None
     )
     return output
 

@@ -20,8 +20,23 @@ COLUMNS, DEPTH = 128, 64
 
 @triton.jit
 def gelu(x):
-    """GELU (exact)."""
-    return 0.5 * x * (1 + tl.erf(x * 0.7071067811865476))
+    """GELU (exact) of float32, to a few units in the last place, in half the instructions that erf takes.
+
+    Of y = |x|, erfc(y / sqrt(2)) / 2 is exp(-y * y / 2) times a polynomial in 1 / (1 + 0.36 * y), fitted to a relative
+    error of 1e-7. No difference of near numbers is taken, so that the negative tail keeps its precision.
+    """
+    y = tl.abs(x)
+    y = tl.where(y > 40.0, 40.0, y)  # nothing is left there; NaN stays
+    t = 1.0 / (1.0 + 0.36 * y)
+    tail = -0.030238829235543108 * t + 0.13951076119801087
+    tail = tail * t - 0.22360371061027706
+    tail = tail * t + 0.10737307547540631
+    tail = tail * t - 0.00038851632857550555
+    tail = tail * t + 0.0960380447984106
+    tail = tail * t + 0.1240096310806712
+    tail = tail * t + 0.14368189221812067
+    tail = tail * t + 0.14361766439631052
+    return tl.where(x > 0.0, x, 0.0) - y * (tail * t * tl.exp2(y * y * -0.7213475204444817))
 
 
 @triton.jit
