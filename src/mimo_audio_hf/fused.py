@@ -559,7 +559,8 @@ def can_fuse(stack: MiMoAudioTokenizerStack) -> bool:
     for layer in _layers(stack):
         if layer.gradient_checkpointing or getattr(layer.fc1, "bias", None) is None:
             return False
-        parts += [layer, layer.self_attn, *layer.self_attn.children(), *layer.children()]
+        # Not through `children`: this is asked before every run.
+        parts += [layer, *layer._modules.values(), *layer.self_attn._modules.values()]
     return all(
         type(part) in _PLAIN
         and not (part._forward_hooks or part._forward_pre_hooks or part._backward_hooks or part._backward_pre_hooks)
@@ -675,13 +676,8 @@ def run_layers(
     overwritten.
     """
     layers = _layers(stack)
-    parts = [norm for layer in layers for norm in (layer.self_attn_layer_norm, layer.final_layer_norm)]
-    norms = [cast(nn.LayerNorm, norm) for norm in (*parts, stack.layer_norm)]
-    # What takes the norms' results: at the end, whoever called.
-    takers = [linear for layer in layers for linear in (layer.self_attn.q_proj, layer.fc1)] + [None]
-    parameters = [*stack.layers.parameters(), *stack.layer_norm.parameters()]
     trained = torch.is_grad_enabled() and (
-        hidden_states.requires_grad or any(parameter.requires_grad for parameter in parameters)
+        hidden_states.requires_grad or any(parameter.requires_grad for parameter in stack.parameters())
     )
     if isinstance(layers[0].fc1, QuantizedLinear):
         require_no_gradient(hidden_states)
@@ -692,25 +688,31 @@ def run_layers(
         biases = None
     skip = None
     with torch.cuda.device_of(hidden_states):
-        normed: torch.Tensor | RoundedRows = norms[0](hidden_states)
+        normed: torch.Tensor | RoundedRows = layers[0].self_attn_layer_norm(hidden_states)
         for number, layer in enumerate(layers):
-            attended = _attend(
+            lacking = (None, None) if biases is None else biases.sums[2 * number : 2 * number + 2]
+            states: torch.Tensor | RoundedRows = _attend(
                 layer.self_attn, normed, position_embeddings, attention_masks, sequences, backend, trained
             )
-            for step, linear in enumerate((layer.self_attn.out_proj, layer.fc2), start=2 * number + 1):
-                states = attended if linear is layer.self_attn.out_proj else _widen(layer, normed, trained)
-                lacking = None if biases is None else biases.sums[step - 1]
-                hidden_states, normed = _add_product(
-                    hidden_states, states, linear, lacking, norms[step], takers[step], trained
-                )
+            hidden_states, normed = _add_product(
+                hidden_states, states, layer.self_attn.out_proj, lacking[0], layer.final_layer_norm, layer.fc1, trained
+            )
+            states = _widen(layer, normed, trained)
+            # What norms the layer's sums, and what takes the norm's results: after the last layer, whoever called.
+            layer_norm, taker = stack.layer_norm, None
+            if number + 1 < len(layers):
+                layer_norm, taker = layers[number + 1].self_attn_layer_norm, layers[number + 1].self_attn.q_proj
+            hidden_states, normed = _add_product(
+                hidden_states, states, layer.fc2, lacking[1], layer_norm, taker, trained
+            )
             if number + 1 == skip_layer_id:
                 skip = hidden_states if trained else hidden_states.clone()
         if skip is None:
             return cast(torch.Tensor, normed)
         summed = hidden_states + skip
         if biases is None or biases.skipped is None:
-            return norms[-1](summed)
-        last = norms[-1]
+            return stack.layer_norm(summed)
+        last = cast(nn.LayerNorm, stack.layer_norm)
         return cast(torch.Tensor, norm(summed, biases.skipped, last.weight, last.bias, last.eps))
 
 

@@ -8,6 +8,7 @@ and none that costs time. Padded tensors exist only at the edges, in `encode`, `
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, fields
@@ -59,7 +60,21 @@ class PackedSequences:
     @classmethod
     def from_lengths(cls, lengths: Sequence[int], device: torch.device | str | None = None) -> PackedSequences:
         """Sequences of the given lengths, in frames; from the host, so that no layer has to ask the GPU for them."""
-        return cls.from_tensor(upload(torch.tensor(lengths), device), sum(lengths), max(lengths))
+        return cls.of_levels([lengths], device)[0]
+
+    @classmethod
+    def of_levels(
+        cls, levels: Sequence[Sequence[int]], device: torch.device | str | None = None
+    ) -> list[PackedSequences]:
+        """As [`from_lengths`], of the same clips at several frame rates, in one copy to the device."""
+        rows = [[0, *itertools.accumulate(lengths)] for lengths in levels]
+        # Each row begins at a multiple of 16 bytes, for kernels are built anew for addresses that are none.
+        width = -(-len(rows[0]) // 4) * 4
+        starts = torch.tensor([row + [0] * (width - len(row)) for row in rows], dtype=torch.int32)
+        return [
+            cls._of(starts[: len(row)], row[-1], max(lengths))
+            for starts, row, lengths in zip(upload(starts, device), rows, levels, strict=True)
+        ]
 
     @classmethod
     def from_tensor(cls, lengths: torch.Tensor, total: int, max_seqlen: int) -> PackedSequences:
@@ -67,8 +82,11 @@ class PackedSequences:
 
         A length may be 0.
         """
-        cu_seqlens = F.pad(lengths.cumsum(0, dtype=torch.int32), (1, 0))
-        frames = torch.arange(total, device=lengths.device, dtype=torch.int32)
+        return cls._of(F.pad(lengths.cumsum(0, dtype=torch.int32), (1, 0)), total, max_seqlen)
+
+    @classmethod
+    def _of(cls, cu_seqlens: torch.Tensor, total: int, max_seqlen: int) -> PackedSequences:
+        frames = torch.arange(total, device=cu_seqlens.device, dtype=torch.int32)
         sequence_ids = torch.searchsorted(cu_seqlens[1:], frames, right=True)
         return cls(cu_seqlens, max_seqlen, frames - cu_seqlens[sequence_ids], sequence_ids)
 
@@ -838,7 +856,7 @@ class MiMoAudioTokenizerEncoder(MiMoAudioTokenizerStack):
     ) -> MiMoAudioTokenizerEncoderLayout:
         frame_lengths = [self.frame_length(length) for length in lengths]
         levels = (lengths, frame_lengths, self.code_lengths(lengths))
-        return self.layout_of(*(PackedSequences.from_lengths(each, device) for each in levels))
+        return self.layout_of(*PackedSequences.of_levels(levels, device))
 
     def layout_of(
         self, mel: PackedSequences, frames: PackedSequences, codes: PackedSequences
@@ -983,8 +1001,8 @@ class MiMoAudioTokenizerDecoder(MiMoAudioTokenizerStack):
     def layout(
         self, lengths: Sequence[int], device: torch.device | str | None = None
     ) -> MiMoAudioTokenizerDecoderLayout:
-        levels = zip(*(self.level_lengths(length) for length in lengths), strict=True)
-        return self.layout_of(*(PackedSequences.from_lengths(each, device) for each in levels))
+        levels = list(zip(*(self.level_lengths(length) for length in lengths), strict=True))
+        return self.layout_of(*PackedSequences.of_levels(levels, device))
 
     def level_lengths(self, length: Length) -> tuple[Length, Length, Length, Length, Length]:
         """Code frames of a clip, and what they become: the layers' frames, mel frames before and after the cut, and
