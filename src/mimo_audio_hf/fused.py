@@ -555,14 +555,15 @@ def can_fuse(stack: MiMoAudioTokenizerStack) -> bool:
     """Whether the layers are as this package made them: nothing replaces, wraps, watches, compiles or moves a part."""
     if torch.compiler.is_compiling():  # the compiler fuses by itself
         return False
-    parts = [stack.layer_norm]
+    parts: list[nn.Module | None] = [stack.layer_norm]
     for layer in _layers(stack):
         if layer.gradient_checkpointing or getattr(layer.fc1, "bias", None) is None:
             return False
         # Not through `children`: this is asked before every run.
         parts += [layer, *layer._modules.values(), *layer.self_attn._modules.values()]
     return all(
-        type(part) in _PLAIN
+        part is not None
+        and type(part) in _PLAIN
         and not (part._forward_hooks or part._forward_pre_hooks or part._backward_hooks or part._backward_pre_hooks)
         and part._compiled_call_impl is None
         and "forward" not in vars(part)
@@ -690,18 +691,22 @@ def run_layers(
     with torch.cuda.device_of(hidden_states):
         normed: torch.Tensor | RoundedRows = layers[0].self_attn_layer_norm(hidden_states)
         for number, layer in enumerate(layers):
-            lacking = (None, None) if biases is None else biases.sums[2 * number : 2 * number + 2]
+            lacking: Sequence[torch.Tensor | None] = (None, None)
+            if biases is not None:
+                lacking = biases.sums[2 * number : 2 * number + 2]
+            final_norm = cast(nn.LayerNorm, layer.final_layer_norm)
             states: torch.Tensor | RoundedRows = _attend(
                 layer.self_attn, normed, position_embeddings, attention_masks, sequences, backend, trained
             )
             hidden_states, normed = _add_product(
-                hidden_states, states, layer.self_attn.out_proj, lacking[0], layer.final_layer_norm, layer.fc1, trained
+                hidden_states, states, layer.self_attn.out_proj, lacking[0], final_norm, layer.fc1, trained
             )
             states = _widen(layer, normed, trained)
             # What norms the layer's sums, and what takes the norm's results: after the last layer, whoever called.
             layer_norm, taker = stack.layer_norm, None
             if number + 1 < len(layers):
                 layer_norm, taker = layers[number + 1].self_attn_layer_norm, layers[number + 1].self_attn.q_proj
+            layer_norm = cast(nn.LayerNorm, layer_norm)
             hidden_states, normed = _add_product(
                 hidden_states, states, layer.fc2, lacking[1], layer_norm, taker, trained
             )
