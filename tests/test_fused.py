@@ -250,7 +250,7 @@ def test_which_products_are_taken(depth, dim, is_row, taken):
 @torch.no_grad()
 @pytest.mark.parametrize("skip", [None, 2])
 @pytest.mark.parametrize("quantized", [False, True])
-def test_joined_projections_and_summed_biases(skip, quantized):
+def test_prepared_layers(skip, quantized):
     if quantized and DEVICE == "cuda" and torch.cuda.get_device_capability() < (8, 9):
         pytest.skip("needs a GPU with 8-bit floats")
     torch.manual_seed(0)
@@ -269,17 +269,15 @@ def test_joined_projections_and_summed_biases(skip, quantized):
     sequences = modeling.PackedSequences.from_lengths([20, 30], DEVICE)
     backend = modeling.ATTENTION_BACKENDS["triton_varlen"]
     before = stack.run_layers(states.clone(), sequences, backend._replace(run_layers=None), None, skip)
-    fused.sum_biases(stack, skip)
-    for layer in stack.layers:
-        fused.join_projections(layer.self_attn)
-        assert layer.self_attn.optimized.are_those_of(layer.self_attn)
-    assert stack.optimized.are_those_of(stack)
+    fused.prepare(stack, skip)
+    assert stack.optimized.is_of(stack) and (stack.optimized.lacking_at_skip is None) == (skip is None)
+    assert all(layer.self_attn.optimized.are_those_of(layer.self_attn) for layer in stack.layers)
     assert all(torch.equal(tensor, expected[name]) for name, tensor in model.state_dict().items())
     after = stack.run_layers(states.clone(), sequences, backend, None, skip)
     assert error(after, before.double()) < (0.1 if quantized else 2e-2)
     copied = deepcopy(stack)
     assert not copied.layers[0].self_attn.optimized.are_those_of(copied.layers[0].self_attn)
-    assert not copied.optimized.are_those_of(copied)
+    assert not copied.optimized.is_of(copied) and fused.can_fuse(copied)
 
 
 @pytest.mark.parametrize(

@@ -552,18 +552,21 @@ class ResidualSearch:
 
 
 def can_fuse(stack: MiMoAudioTokenizerStack) -> bool:
-    """Whether the layers are as this package made them: nothing replaces, wraps, watches, compiles or moves a part."""
+    """Whether the layers are as this package made them: nothing replaces, wraps, watches, compiles or moves a part.
+
+    Of layers that are prepared nothing more is asked, for it takes a slow host as long as several layers take the GPU.
+    """
     if torch.compiler.is_compiling():  # the compiler fuses by itself
         return False
-    parts: list[nn.Module | None] = [stack.layer_norm]
+    if stack.optimized is not None and stack.optimized.is_of(stack):
+        return True
+    parts = [stack.layer_norm]
     for layer in _layers(stack):
         if layer.gradient_checkpointing or getattr(layer.fc1, "bias", None) is None:
             return False
-        # Not through `children`: this is asked before every run.
-        parts += [layer, *layer._modules.values(), *layer.self_attn._modules.values()]
+        parts += [layer, layer.self_attn, *layer.self_attn.children(), *layer.children()]
     return all(
-        part is not None
-        and type(part) in _PLAIN
+        type(part) in _PLAIN
         and not (part._forward_hooks or part._forward_pre_hooks or part._backward_hooks or part._backward_pre_hooks)
         and part._compiled_call_impl is None
         and "forward" not in vars(part)
@@ -622,33 +625,42 @@ def join_projections(attention: MiMoAudioTokenizerAttention) -> None:
     attention.optimized = JoinedProjections(joined)  # no module of the model's: its tensors are the projections' own
 
 
-class SummedBiases(NamedTuple):
-    """What the residual stream lacks where products are added to it without their biases."""
+class PreparedStack(NamedTuple):
+    """What is known of layers that [`prepare`] has seen: they can be fused, and are asked no more."""
 
-    sums: list[torch.Tensor]  # at each norm after the first
-    skipped: torch.Tensor | None  # at the end, where the layer's output that was skipped to it lacks some, too
+    # What the residual stream lacks at each norm after the first, where products are added to it without their biases;
+    # None where they bring them. And at the end, where the layer's output that was skipped to it lacks some, too.
+    lacking: list[torch.Tensor] | None
+    lacking_at_skip: torch.Tensor | None
     weight_ptr: int
 
-    def are_those_of(self, stack: MiMoAudioTokenizerStack) -> bool:
+    def is_of(self, stack: MiMoAudioTokenizerStack) -> bool:
         """Not once the model was moved, cast or copied."""
-        return self.weight_ptr == _layers(stack)[0].self_attn.out_proj.weight.data_ptr()
+        return self.weight_ptr == _first_weight(stack).data_ptr()
 
 
-def sum_biases(stack: MiMoAudioTokenizerStack, skip_layer_id: int | None) -> None:
-    """Makes the biases ready to be added where the residual stream is normed.
+def _first_weight(stack: MiMoAudioTokenizerStack) -> torch.Tensor:
+    return cast(MiMoAudioTokenizerLayer, stack.layers[0]).self_attn.out_proj.weight
 
-    Products with bfloat16 weights are then added to the stream within the product, which can add but one thing. Those
-    in 8 bits are added afterwards, and with them what the stream lacks until then. Narrow ones bring their biases.
+
+def prepare(stack: MiMoAudioTokenizerStack, skip_layer_id: int | None) -> None:
+    """Joins the projections of layers that can be fused, and sums the biases that products leave out.
+
+    Products with bfloat16 weights are added to the residual stream within the product, which can add but one thing;
+    their biases are added where the stream is normed. Those in 8 bits are added afterwards, and with them what the
+    stream lacks until then. Narrow ones bring their biases.
     """
     layers = _layers(stack)
+    for layer in layers:
+        join_projections(layer.self_attn)
     linears = [linear for layer in layers for linear in (layer.self_attn.out_proj, layer.fc2)]
-    if stack.layer_norm.weight.dtype != torch.bfloat16:
-        return
-    if any(_is_narrow(linear, torch.bfloat16, is_row=True) for linear in linears):
+    narrow = any(_is_narrow(linear, torch.bfloat16, is_row=True) for linear in linears)
+    if stack.layer_norm.weight.dtype != torch.bfloat16 or narrow:
+        stack.optimized = PreparedStack(None, None, _first_weight(stack).data_ptr())
         return
     lacking = torch.zeros_like(cast(torch.Tensor, stack.layer_norm.weight), dtype=torch.float32)
     sums: list[torch.Tensor] = []
-    skipped = None
+    at_skip = None
     for number, linear in enumerate(linears, start=1):
         if isinstance(linear, QuantizedLinear):
             sums.append(lacking)
@@ -657,9 +669,9 @@ def sum_biases(stack: MiMoAudioTokenizerStack, skip_layer_id: int | None) -> Non
             lacking = lacking + linear.bias.float()
             sums.append(lacking)
         if skip_layer_id is not None and number == 2 * skip_layer_id:
-            skipped = lacking
-    skipped = None if skipped is None else skipped + lacking
-    stack.optimized = SummedBiases(sums, skipped, layers[0].self_attn.out_proj.weight.data_ptr())
+            at_skip = lacking
+    at_skip = None if at_skip is None else at_skip + lacking
+    stack.optimized = PreparedStack(sums, at_skip, _first_weight(stack).data_ptr())
 
 
 def run_layers(
@@ -684,16 +696,17 @@ def run_layers(
         require_no_gradient(hidden_states)
     if not trained:
         hidden_states = hidden_states.contiguous()
-    biases: SummedBiases | None = stack.optimized
-    if trained or biases is None or hidden_states.dtype != torch.bfloat16 or not biases.are_those_of(stack):
-        biases = None
+    prepared: PreparedStack | None = stack.optimized
+    if trained or prepared is None or hidden_states.dtype != torch.bfloat16 or not prepared.is_of(stack):
+        prepared = None
+    sums = None if prepared is None else prepared.lacking
     skip = None
     with torch.cuda.device_of(hidden_states):
         normed: torch.Tensor | RoundedRows = layers[0].self_attn_layer_norm(hidden_states)
         for number, layer in enumerate(layers):
             lacking: Sequence[torch.Tensor | None] = (None, None)
-            if biases is not None:
-                lacking = biases.sums[2 * number : 2 * number + 2]
+            if sums is not None:
+                lacking = sums[2 * number : 2 * number + 2]
             final_norm = cast(nn.LayerNorm, layer.final_layer_norm)
             states: torch.Tensor | RoundedRows = _attend(
                 layer.self_attn, normed, position_embeddings, attention_masks, sequences, backend, trained
@@ -715,10 +728,10 @@ def run_layers(
         if skip is None:
             return cast(torch.Tensor, normed)
         summed = hidden_states + skip
-        if biases is None or biases.skipped is None:
+        if prepared is None or prepared.lacking_at_skip is None:
             return stack.layer_norm(summed)
         last = cast(nn.LayerNorm, stack.layer_norm)
-        return cast(torch.Tensor, norm(summed, biases.skipped, last.weight, last.bias, last.eps))
+        return cast(torch.Tensor, norm(summed, prepared.lacking_at_skip, last.weight, last.bias, last.eps))
 
 
 def _product(

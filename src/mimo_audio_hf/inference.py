@@ -18,7 +18,7 @@ import numpy as np
 import torch
 
 from .audio import as_tensor, is_finite
-from .feature_extraction_mimo_audio_tokenizer import MiMoAudioTokenizerFeatureExtractor
+from .feature_extraction_mimo_audio_tokenizer import MiMoAudioTokenizerFeatureExtractor, upload
 from .modeling_mimo_audio_tokenizer import MiMoAudioTokenizerModel, check_code_range
 
 
@@ -146,7 +146,8 @@ def encode_packed(
     frames = [extractor.num_frames(length) for length in lengths]
     if model.graphs is not None and model.graphs.takes(frames):
         return model.graphs.encode_waveforms(samples, lengths, books)
-    mels = extractor.packed_log_mel_spectrogram(samples.split([*lengths]))
+    sizes, mel_lengths = upload(torch.tensor([[*lengths], frames], device="cpu"), samples.device)
+    mels = extractor.log_mel_of_packed(samples, sizes, mel_lengths, sum(frames))
     layout = model.encoder_layout(frames, samples.device)
     # This class's own: that of `compat` has other arguments.
     return MiMoAudioTokenizerModel.encode(model, mels, num_quantizers=books, layout=layout).audio_codes

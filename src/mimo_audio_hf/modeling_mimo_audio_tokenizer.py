@@ -8,7 +8,6 @@ and none that costs time. Padded tensors exist only at the edges, in `encode`, `
 
 from __future__ import annotations
 
-import itertools
 import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, fields
@@ -60,21 +59,17 @@ class PackedSequences:
     @classmethod
     def from_lengths(cls, lengths: Sequence[int], device: torch.device | str | None = None) -> PackedSequences:
         """Sequences of the given lengths, in frames; from the host, so that no layer has to ask the GPU for them."""
-        return cls.of_levels([lengths], device)[0]
+        return cls.of_levels(torch.tensor([[*lengths]], device="cpu"), device)[0]
 
     @classmethod
-    def of_levels(
-        cls, levels: Sequence[Sequence[int]], device: torch.device | str | None = None
-    ) -> list[PackedSequences]:
-        """As [`from_lengths`], of the same clips at several frame rates, in one copy to the device."""
-        rows = [[0, *itertools.accumulate(lengths)] for lengths in levels]
+    def of_levels(cls, levels: torch.Tensor, device: torch.device | str | None = None) -> list[PackedSequences]:
+        """As [`from_lengths`], of clips at several frame rates, (levels, clips), in one copy from the host."""
+        clips = levels.shape[1]
         # Each row begins at a multiple of 16 bytes, for kernels are built anew for addresses that are none.
-        width = -(-len(rows[0]) // 4) * 4
-        starts = torch.tensor([row + [0] * (width - len(row)) for row in rows], dtype=torch.int32)
-        return [
-            cls._of(starts[: len(row)], row[-1], max(lengths))
-            for starts, row, lengths in zip(upload(starts, device), rows, levels, strict=True)
-        ]
+        starts = F.pad(levels.cumsum(1), (1, -(clips + 1) % 4)).int()
+        totals, longest = starts[:, clips].tolist(), levels.amax(1).tolist()
+        rows = upload(starts, device)[:, : clips + 1]
+        return [cls._of(*row) for row in zip(rows, totals, longest, strict=True)]
 
     @classmethod
     def from_tensor(cls, lengths: torch.Tensor, total: int, max_seqlen: int) -> PackedSequences:
@@ -849,13 +844,13 @@ class MiMoAudioTokenizerEncoder(MiMoAudioTokenizerStack):
         return -(-self.frame_length(length) // self.config.avg_pooler)
 
     def code_lengths(self, lengths: Sequence[int]) -> list[int]:
-        return [self.code_length(length) for length in lengths]
+        return self.code_length(torch.tensor(lengths, device="cpu")).tolist()
 
     def layout(
         self, lengths: Sequence[int], device: torch.device | str | None = None
     ) -> MiMoAudioTokenizerEncoderLayout:
-        frame_lengths = [self.frame_length(length) for length in lengths]
-        levels = (lengths, frame_lengths, self.code_lengths(lengths))
+        mel = torch.tensor(lengths, device="cpu")
+        levels = torch.stack([mel, self.frame_length(mel), self.code_length(mel)])
         return self.layout_of(*PackedSequences.of_levels(levels, device))
 
     def layout_of(
@@ -1001,7 +996,7 @@ class MiMoAudioTokenizerDecoder(MiMoAudioTokenizerStack):
     def layout(
         self, lengths: Sequence[int], device: torch.device | str | None = None
     ) -> MiMoAudioTokenizerDecoderLayout:
-        levels = list(zip(*(self.level_lengths(length) for length in lengths), strict=True))
+        levels = torch.stack(self.level_lengths(torch.tensor(lengths, device="cpu")))
         return self.layout_of(*PackedSequences.of_levels(levels, device))
 
     def level_lengths(self, length: Length) -> tuple[Length, Length, Length, Length, Length]:

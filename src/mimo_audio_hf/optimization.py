@@ -3,8 +3,6 @@
 
 from __future__ import annotations
 
-from typing import cast
-
 import torch
 from transformers.utils import logging
 
@@ -12,7 +10,6 @@ from .graphs import GraphRunner
 from .modeling_mimo_audio_tokenizer import (
     ATTENTION_BACKENDS,
     MiMoAudioTokenizerISTFTHead,
-    MiMoAudioTokenizerLayer,
     MiMoAudioTokenizerModel,
     MiMoAudioTokenizerStack,
     PackedGroupNorm,
@@ -85,6 +82,4 @@ def _install_kernels(model: MiMoAudioTokenizerModel) -> None:
         elif isinstance(module, MiMoAudioTokenizerISTFTHead):
             module.optimized = vocoder_kernels.synthesize
         elif isinstance(module, MiMoAudioTokenizerStack) and fused.can_fuse(module):
-            for layer in module.layers:
-                fused.join_projections(cast(MiMoAudioTokenizerLayer, layer).self_attn)
-            fused.sum_biases(module, model.config.encoder_skip_layer_id if module is model.encoder else None)
+            fused.prepare(module, model.config.encoder_skip_layer_id if module is model.encoder else None)

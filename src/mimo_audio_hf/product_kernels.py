@@ -8,6 +8,8 @@ products are faster in cuBLAS.
 
 from __future__ import annotations
 
+from functools import lru_cache
+
 import torch
 import triton
 import triton.language as tl
@@ -175,9 +177,18 @@ def product_add_norm_(
         ROWS=rows,
         DEPTH=DEPTH,
         num_warps=8,
-        num_stages=2,  # what every GPU's shared memory has room for
+        num_stages=_stages(states.device),
     )
     return normed
+
+
+@lru_cache
+def _stages(device: torch.device) -> int:
+    """Loads ahead of the products, as far as a processor's shared memory has room for them."""
+    if device.type != "cuda":  # in Triton's interpreter
+        return 2
+    memory = getattr(torch.cuda.get_device_properties(device), "shared_memory_per_block_optin", 0)
+    return 3 if memory > 3 * (64 + MAX_DIM) * DEPTH * 2 else 2
 
 
 def takes_product(depth: int, dim: int, is_row: bool) -> bool:
