@@ -9,8 +9,8 @@ to waveforms there, both with whatever they need of the clips' lengths; `front_e
 after five calls. The floor is the operations of the frames really there over the rate of a large bfloat16 product
 (float32 on a CPU) that is timed in turns with the call; `over_rested_floor` takes the rate that the product had at the
 beginning of the run instead, which a GPU does not keep for long. What is built, Triton kernels and CUDA graphs, is
-counted for `fast`: in the first calls of a process, from a cold cache, and in 200 batches of random lengths after others
-like them. The plot shows `plain` and `fast`.
+counted for `fast`: in the first calls of a process, from a cold cache, and in 200 batches of random lengths after
+others like them. The plot shows `plain` and `fast`.
 """
 
 from __future__ import annotations

@@ -66,18 +66,24 @@ def _load_rows(states, rows, total, head, channel, stride, head_dim: tl.constexp
 
 
 @triton.jit
+def _turned(states, place, inside, other_half, cos, sin, angle, sign):
+    """Channels turned by RoPE; the ones that they turn with lie half a head away."""
+    x = tl.load(states + place, inside, other=0.0).to(tl.float32)
+    y = tl.load(states + place + other_half, inside, other=0.0).to(tl.float32)
+    c = tl.load(cos + angle, inside, other=0.0).to(tl.float32)
+    s = tl.load(sin + angle, inside, other=0.0).to(tl.float32)
+    return (x * c + y * s * sign).to(states.dtype.element_ty)
+
+
+@triton.jit
 def _load_turned_rows(states, cos, sin, rows, total, head, channel, stride, head_dim: tl.constexpr):
     half: tl.constexpr = head_dim // 2
     inside = ((rows >= 0) & (rows < total))[:, None]
-    # The channels that these turn with lie half a head away.
     is_first = channel < half
     offset = rows.to(tl.int64)[:, None] * stride + head * head_dim + channel
-    x = tl.load(states + offset, inside, other=0.0).to(tl.float32)
-    y = tl.load(states + offset + tl.where(is_first, half, -half), inside, other=0.0).to(tl.float32)
     angle = rows.to(tl.int64)[:, None] * half + channel % half
-    c = tl.load(cos + angle, inside, other=0.0).to(tl.float32)
-    s = tl.load(sin + angle, inside, other=0.0).to(tl.float32)
-    return (x * c + y * s * tl.where(is_first, -1.0, 1.0)).to(states.dtype.element_ty)
+    other_half, sign = tl.where(is_first, half, -half), tl.where(is_first, -1.0, 1.0)
+    return _turned(states, offset, inside, other_half, cos, sin, angle, sign)
 
 
 @triton.jit
@@ -404,30 +410,17 @@ def triton_attention_forward(
     return _attend(*arguments)[0]
 
 
-@triton.jit
-def _turned(states, place, inside, other_half, cos, sin, angle, sign):
-    """Channels turned by RoPE; the ones that they turn with lie half a head away."""
-    x = tl.load(states + place, inside, other=0.0).to(tl.float32)
-    y = tl.load(states + place + other_half, inside, other=0.0).to(tl.float32)
-    c = tl.load(cos + angle, inside, other=0.0).to(tl.float32)
-    s = tl.load(sin + angle, inside, other=0.0).to(tl.float32)
-    return (x * c + y * s * sign).to(states.dtype.element_ty)
-
-
 @triton.jit(do_not_specialize=["pairs"])
 def _rotate_kernel(states, cos, sin, pairs, stride, heads: tl.constexpr, half: tl.constexpr, BLOCK: tl.constexpr):
     pair = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     inside = pair < pairs
     row = pair // (heads * half)
     channel = pair % (heads * half)
-    first = states + row * stride + channel // half * (2 * half) + channel % half
+    first = row * stride + channel // half * (2 * half) + channel % half
     angle = row * half + channel % half
     c = tl.load(cos + angle, inside).to(tl.float32)
     s = tl.load(sin + angle, inside).to(tl.float32)
-    x = tl.load(first, inside).to(tl.float32)
-    y = tl.load(first + half, inside).to(tl.float32)
-    tl.store(first, x * c - y * s, inside)
-    tl.store(first + half, y * c + x * s, inside)
+    _rotate(states, states, first, first + half, c, s, inside)
 
 
 @triton.jit

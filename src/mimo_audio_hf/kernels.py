@@ -21,7 +21,7 @@ try:
 except ImportError:
     triton = None
 else:
-    from . import attention_kernels, fused
+    from . import attention_kernels, fused, product_kernels
 
 logger = logging.get_logger(__name__)
 
@@ -41,6 +41,9 @@ def _kernels_run(device: torch.device) -> bool:
             # What asks most of a GPU.
             rows, places = (states[0],) * 3, (sequences.cu_seqlens, attention_kernels.LONG + 1)
             attention_kernels.rotary_attention_(*rows, (angles, angles), *places, 1, 1.0, (-1, -1))
+            weight = torch.zeros((product_kernels.MAX_DIM,) * 2, device=device, dtype=torch.bfloat16)
+            stream, *parameters = weight[:1].clone(), weight, *(weight[0],) * 3
+            product_kernels.product_add_norm_(stream, weight[:1], *parameters, 1e-5, torch.inf)
     except Exception as error:  # whatever a missing or broken compiler raises
         logger.warning(f"Triton cannot build kernels here, so PyTorch's are used: {error}")
         return False
