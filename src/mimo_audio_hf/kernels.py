@@ -42,8 +42,8 @@ def _kernels_run(device: torch.device) -> bool:
             rows, places = (states[0],) * 3, (sequences.cu_seqlens, attention_kernels.LONG + 1)
             attention_kernels.rotary_attention_(*rows, (angles, angles), *places, 1, 1.0, (-1, -1))
             weight = torch.zeros((product_kernels.MAX_DIM,) * 2, device=device, dtype=torch.bfloat16)
-            stream, *parameters = weight[:1].clone(), weight, *(weight[0],) * 3
-            product_kernels.product_add_norm_(stream, weight[:1], *parameters, 1e-5, torch.inf)
+            row, zeros = weight[:1], weight[0]
+            product_kernels.product_add_norm_(row.clone(), row, weight, zeros, zeros, zeros, 1e-5, torch.inf)
     except Exception as error:  # whatever a missing or broken compiler raises
         logger.warning(f"Triton cannot build kernels here, so PyTorch's are used: {error}")
         return False
