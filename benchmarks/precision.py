@@ -97,6 +97,7 @@ def main() -> None:
     parser.add_argument("recordings", nargs="+", type=Path, metavar="RECORDING")
     parser.add_argument("--device", choices=list(DTYPES), default="cpu")
     parser.add_argument("--threads", type=int, default=2, help="of the CPU")
+    parser.add_argument("--sizes", nargs="+", choices=["tiny", "released"], default=["tiny", "released"])
     parser.add_argument("--output", type=Path)
     parser.add_argument("--measure", nargs=3, metavar=("MODEL", "DTYPE", "FOLDER"), help=argparse.SUPPRESS)
     args = parser.parse_args()
@@ -106,9 +107,11 @@ def main() -> None:
     results: dict[str, Any] = {"recordings": [path.name for path in args.recordings], "threads": args.threads}
     with tempfile.TemporaryDirectory() as temporary:
         released = Path(temporary, "released")
-        command = [sys.executable, "-m", "mimo_audio_hf.cli", "init", str(released), "--preset", "released"]
-        subprocess.run(command, check=True)
-        for size, model in (("tiny", "tiny"), ("released", str(released))):
+        if "released" in args.sizes:
+            command = [sys.executable, "-m", "mimo_audio_hf.cli", "init", str(released), "--preset", "released"]
+            subprocess.run(command, check=True)
+        for size in args.sizes:
+            model = "tiny" if size == "tiny" else str(released)
             folder = Path(temporary, f"made by {size}")
             folder.mkdir()
             results[size] = {}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import itertools
 import math
 import random
 
@@ -365,7 +366,7 @@ def test_bad_use_is_an_error_and_leaves_all_streams_as_they_were(base, way):
     expected = stream(StreamingDecoder(base, **options), codes.split(16))
     pool = StreamingDecoderPool(base, **options)
     good, bad, ended = pool.open(), pool.open(), pool.open()
-    pool.push({ended: codes[:9]}, last=[ended])
+    pool.push({ended: codes[:9]}, last=(name for name in [ended]))
     outside = codes[:4].clone()
     outside[2, 1] = 64
     pieces = []
@@ -392,6 +393,115 @@ def test_bad_use_is_an_error_and_leaves_all_streams_as_they_were(base, way):
         pieces.append(pool.push({good: chunk})[good])
     pieces.append(pool.flush([good])[good])
     assert_equal_audio(torch.cat(pieces), expected)
+
+
+@pytest.fixture
+def out_of_memory(monkeypatch):
+    """Has the n-th call from now on of a module's class run out of memory."""
+
+    def fail(module: torch.nn.Module, number: int) -> None:
+        forward, calls = type(module).forward, []
+
+        def failing(*args, **kwargs):
+            calls.append(None)
+            if len(calls) == number:
+                raise torch.OutOfMemoryError("injected")
+            return forward(*args, **kwargs)
+
+        monkeypatch.setattr(type(module), "forward", failing)
+
+    return fail
+
+
+@pytest.mark.parametrize(
+    ("way", "failing_call"), [("upstream", 1), ("upstream", 2), *itertools.product(["run again", "cached"], [1, 2, 3])]
+)
+def test_an_error_in_a_call_loses_and_doubles_nothing(base, out_of_memory, way, failing_call):
+    options = CHUNKED.get(way, {"left_context": 30, "right_context": 6})
+    # Two calls of the vocoder for each chunk: streams of another number of codebooks run apart.
+    all_codes = [random_codes(base, 80, seed, books) for seed, books in enumerate([4, 2, 4])]
+    expected = [stream(StreamingDecoder(base, **options), codes.split([24, 32, 24])) for codes in all_codes]
+    pool = StreamingDecoderPool(base, capacity=4, **options)
+    names = [pool.open() for _ in all_codes]
+    waiting = pool.open()
+    audio = {name: [] for name in names}
+
+    def push(codes: dict[int, torch.Tensor], last: bool = False) -> None:
+        for name, samples in pool.push(codes, last=list(codes) if last else []).items():
+            audio[name].append(samples)
+
+    first, second, third = (
+        dict(zip(names, part, strict=True)) for part in zip(*[c.split([24, 32, 24]) for c in all_codes], strict=True)
+    )
+    push(first)
+    out_of_memory(base.decoder.vocoder, failing_call)
+    with pytest.raises(torch.OutOfMemoryError):
+        pool.push({**second, waiting: random_codes(base, 1)})
+    if way == "cached" and failing_call > 1:
+        for name in names:
+            with pytest.raises(
+                RuntimeError, match=f"stream {name} was broken off by an error in a call; accepted: cod"
+            ):
+                pool.push({name: second[name]})
+        for name, codes, samples in zip(names, all_codes, expected, strict=True):
+            pool.reset(name)
+            assert_equal_audio(pool.push({name: codes}, last=[name])[name], samples)
+    else:
+        push(second)
+        push(third)
+        push({name: codes[:0] for name, codes in third.items()}, last=True)
+        for name, samples in zip(names, expected, strict=True):
+            assert_equal_audio(torch.cat(audio[name]), samples)
+    # The one that was given codes that were not run is as it was.
+    codes = random_codes(base, 20, 7)
+    if way != "upstream":
+        assert_equal_audio(
+            pool.push({waiting: codes}, last=[waiting])[waiting], stream(StreamingDecoder(base, **options), [codes])
+        )
+
+
+@pytest.mark.parametrize("family", ["causal", "base"])
+def test_an_error_in_an_encoders_call_loses_and_doubles_nothing(causal, base, out_of_memory, family):
+    model = {"causal": causal, "base": base}[family]
+    waveform = noise(100_000)
+    expected = stream(StreamingEncoder(model), [waveform])
+    encoder = StreamingEncoder(model)
+    codes = [encoder.push(waveform[:40_000])]
+    out_of_memory(model.encoder.conv1, 2 if family == "base" else 1)
+    with pytest.raises(torch.OutOfMemoryError):
+        encoder.push(waveform[40_000:], last=True)
+    if family == "causal":
+        with pytest.raises(RuntimeError, match="broken off by an error in a call; accepted: samples after a reset"):
+            encoder.push(waveform[40_000:])
+        encoder.reset()
+        codes = [encoder.push(waveform[:40_000])]
+    codes.append(encoder.push(waveform[40_000:], last=True))
+    assert torch.equal(torch.cat(codes), expected)
+
+
+def test_graphs_of_other_weights_are_not_run_again(base):
+    model = copy.deepcopy(base).freeze()
+    model.graphs = GraphRunner(model, capture=False)
+    pool = StreamingDecoderPool(model, **CHUNKED["cached"])
+    name = pool.open()
+    codes = random_codes(model, 200)
+    for chunk in codes[:80].split(8):
+        pool.push({name: chunk})
+    programs = list(pool._cache._programs.values())
+    assert programs
+    model.graphs.clear()
+    pool.push({name: codes[80:88]})
+    assert not pool._cache._programs
+    for chunk in codes[88:120].split(8):
+        pool.push({name: chunk})
+    assert pool._cache._programs
+    model.load_state_dict(model.state_dict())
+    model.graphs = GraphRunner(model, capture=False)
+    pool.push({name: codes[120:128]})
+    assert not pool._cache._programs
+    model.double()
+    with pytest.raises(RuntimeError, match="moved or cast to torch.float64 on cpu after .* for torch.float32 on cpu"):
+        pool.push({name: codes[128:136]})
 
 
 def test_ends(base):

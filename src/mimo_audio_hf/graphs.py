@@ -115,6 +115,7 @@ class GraphRunner:
         self._lock = threading.Lock()
         self._max_frames = int(MAX_GRAPH_SECONDS * model.config.sampling_rate / model.config.hop_length)
         self.recorded = 0  # graphs, so far
+        self.recording: object = object()  # another one once graphs are given back, also those of `record`
 
     def __deepcopy__(self, memo: object) -> None:
         """Copies of the model have weights of their own, and no graphs."""
@@ -139,6 +140,7 @@ class GraphRunner:
             self._programs.clear()
             self._seen.clear()
             self._inputs.clear()
+            self.recording = object()
 
     def encode_waveforms(self, samples: torch.Tensor, lengths: Sequence[int], num_quantizers: int) -> torch.Tensor:
         """Samples (total_samples,), clips end to end, and their lengths to codes (total_codes, num_quantizers)."""
@@ -214,6 +216,13 @@ class GraphRunner:
 
         return first, run_again
 
+    def check_weights(self) -> None:
+        """Raises RuntimeError where graphs would read what are not the model's weights any more."""
+        if self._weight is not self._model.encoder.conv1.weight or self._weight.data_ptr() != self._data_ptr:
+            raise RuntimeError(
+                "a part of the model was moved or cast after optimize_for_inference; accepted: the whole, or none"
+            )
+
     @property
     def _mel_frames_per_code(self) -> int:
         return self._model.config.samples_per_frame // self._model.config.hop_length
@@ -228,10 +237,7 @@ class GraphRunner:
         size: int,
     ) -> Outputs:
         """The first `size` rows of a bucket's outputs."""
-        if self._weight is not self._model.encoder.conv1.weight or self._weight.data_ptr() != self._data_ptr:
-            raise RuntimeError(
-                "a part of the model was moved or cast after optimize_for_inference; accepted: the whole, or none"
-            )
+        self.check_weights()
         shape = self._shape_of(inputs, frames, num_quantizers)
         filled = torch.tensor([*lengths, *[0] * (shape.clips - len(lengths))])
         # Not in inference mode: what is kept here would be closed to calls outside of it.

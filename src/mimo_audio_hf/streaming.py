@@ -8,8 +8,10 @@ bound, see [`StreamingEncoder`]): it may run for days.
 from __future__ import annotations
 
 import heapq
+import operator
 from collections.abc import Callable, Collection, Hashable, Iterable, Iterator, Mapping
-from dataclasses import dataclass, field
+from copy import copy
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any, cast
 
@@ -41,8 +43,8 @@ LOW_LATENCY: Mapping[str, Any] = {
 _MAX_ENCODER_FRAMES = 500
 
 
-# Samples that a streaming encoder takes at once (60 s at 24 kHz): memory for spectrograms is bounded.
-_MAX_SAMPLES = 60 * 24000
+# Seconds of audio that a streaming encoder takes at once: memory for spectrograms is bounded.
+_MAX_SECONDS = 60
 
 
 # --- Decoder ---
@@ -60,6 +62,7 @@ class _Stream:
     emitted: int = 0
     fading: torch.Tensor | None = None  # samples after the emitted ones, to go over from
     ended: bool = False
+    broken: bool = False  # by an error after which its caches hold more than it has given out
 
 
 class StreamingDecoderPool:
@@ -101,18 +104,19 @@ class StreamingDecoderPool:
         if model.decoder is None:
             name = model.config.name_or_path or "this model"
             raise ValueError(f"{name} holds an encoder only; accepted: a model with a decoder")
-        _check_count("right_context", right_context, 0)
-        _check_count("left_context", left_context, right_context, "right_context")
-        _check_count("capacity", capacity, 1)
+        right_context = _check_count("right_context", right_context, 0)
+        left_context = _check_count("left_context", left_context, right_context, "right_context")
+        capacity = _check_count("capacity", capacity, 1)
         if chunk_frames is not None:
-            _check_count("chunk_frames", chunk_frames, 1)
+            chunk_frames = _check_count("chunk_frames", chunk_frames, 1)
         most = model.config.samples_per_frame if right_context else 0
-        if type(crossfade_samples) is not int or not 0 <= crossfade_samples <= most:
-            raise ValueError(f"crossfade_samples={crossfade_samples!r}; accepted: 0 to {most}")
+        crossfade_samples = _check_count("crossfade_samples", crossfade_samples, 0)
+        if crossfade_samples > most:
+            raise ValueError(f"crossfade_samples={crossfade_samples}; accepted: 0 to {most}")
         if cached and chunk_frames is None:
             raise ValueError("cached=True without chunk_frames; accepted: both, or neither")
         if vocoder_context is not None:
-            _check_count("vocoder_context", vocoder_context, right_context, "right_context")
+            vocoder_context = _check_count("vocoder_context", vocoder_context, right_context, "right_context")
             if not cached:
                 raise ValueError(f"vocoder_context={vocoder_context} without cached=True; accepted: both, or neither")
         self.model = model
@@ -178,8 +182,7 @@ class StreamingDecoderPool:
 
         Args:
             codes: for each stream its next frames (frames, codebooks), integers; none are allowed.
-            last: which of these streams end with them and are given out to their end, as by `flush`, but in the same
-                call of the model.
+            last: which of these streams end with them and are given out to their end, as by `flush` after it.
 
         Returns:
             For each stream in `codes` its next samples (samples,), float32 on the CPU, which may be none.
@@ -187,25 +190,40 @@ class StreamingDecoderPool:
         Raises:
             ValueError: a stream that is not open, codes of wrong shape or dtype, out of range, or of another number of
                 codebooks than before, `last` streams that are not in `codes`. The message names the stream.
-            RuntimeError: a stream that has ended.
+            RuntimeError: a stream that has ended, or that an error has broken off; a model that was moved or cast
+                after a cached pool was made.
 
-        Everything is checked first: after an error all streams are as they were.
+        Everything is checked first: after these errors all streams are as they were. After one in the model's calls
+        (out of memory, say) they are, too, unless caches were written to: then the streams that had a part in the
+        calls are broken off, and take nothing until they are `reset`.
         """
         checked = {name: self._check(name, chunk) for name, chunk in codes.items()}
-        if unknown := set(last) - set(codes):
+        ending = set(last)
+        if unknown := ending - set(codes):
             raise ValueError(f"last names {sorted(unknown)}; accepted: streams that codes are given for")
-        for name, chunk in checked.items():
-            stream = self._streams[name]
-            if len(chunk):
-                stream.num_quantizers = chunk.shape[1]
-                stream.pending.append(chunk)
-            stream.ended = name in last
+        if self._cache is not None:
+            self._cache.check()
+        before = {name: replace(stream, pending=[*stream.pending]) for name, stream in self._streams.items()}
         audio: dict[int, list[torch.Tensor]] = {name: [] for name in checked}
-        # One chunk of each stream at a time: all chunks together would take memory without bound.
-        names = list(checked)
-        while names := [name for name in names if self._is_ready(self._streams[name])]:
-            for name, samples in zip(names, self._run([self._streams[name] for name in names]), strict=True):
-                audio[name].append(samples)
+        ran: set[int] = set()
+        try:
+            for name, chunk in checked.items():
+                stream = self._streams[name]
+                if len(chunk):
+                    stream.num_quantizers = chunk.shape[1]
+                    stream.pending.append(chunk)
+                stream.ended = name in ending
+            # One chunk of each stream at a time: all chunks together would take memory without bound.
+            names = list(checked)
+            while names := [name for name in names if self._is_ready(self._streams[name])]:
+                ran.update(names)
+                for name, samples in zip(names, self._run([self._streams[name] for name in names]), strict=True):
+                    audio[name].append(samples)
+        except BaseException:
+            self._streams = before
+            for name in ran:
+                before[name].broken = self._cache is not None and self._cache.touched
+            raise
         return {name: torch.cat(samples) if samples else torch.empty(0) for name, samples in audio.items()}
 
     def flush(self, streams: Iterable[int]) -> dict[int, torch.Tensor]:
@@ -232,6 +250,8 @@ class StreamingDecoderPool:
     def _check(self, name: int, codes: Any) -> torch.Tensor:
         """New codes of a stream (frames, codebooks), int64 on the CPU."""
         stream = self._stream(name)
+        if stream.broken:
+            raise RuntimeError(f"stream {name} was broken off by an error in a call; accepted: codes after a reset")
         if stream.ended:
             raise RuntimeError(f"stream {name} has ended; accepted: codes after a reset")
         shape = tuple(getattr(codes, "shape", ()))
@@ -464,6 +484,18 @@ class _DecoderCache:
         self.mels = torch.zeros(rows, context * self.mels_per_code, config.n_mels, device=device, dtype=dtype)
         self._programs: dict[tuple[int, int, int, bool], _Program] = {}
         self._seen: set[tuple[int, int, int, bool]] = set()
+        self._recording: Any = None  # what programs were recorded by
+        self.touched = False  # since the last `check`
+
+    def check(self) -> None:
+        """Raises RuntimeError where what is kept is not what the decoder takes."""
+        self.touched = False
+        weight = self.decoder.dconv1.conv.weight
+        if (weight.dtype, weight.device) != (self.tails.dtype, self.tails.device):
+            raise RuntimeError(
+                f"the model was moved or cast to {weight.dtype} on {weight.device} after a cached decoder was made "
+                f"for {self.tails.dtype} on {self.tails.device}; accepted: a new decoder"
+            )
 
     def tensors(self) -> Iterator[torch.Tensor]:
         """All that is remembered."""
@@ -485,7 +517,10 @@ class _DecoderCache:
             self.tails, self.mels = (
                 torch.cat([each, each.new_zeros(rows, *each.shape[1:])]) for each in (self.tails, self.mels)
             )
-        self._programs.clear()  # which write to what was replaced
+        self._forget_programs()  # which write to what was replaced
+
+    def _forget_programs(self) -> None:
+        self._programs.clear()
         self._seen.clear()
 
     def decode(self, streams: list[_Stream], chunks: list[_Chunk]) -> list[torch.Tensor]:
@@ -509,8 +544,14 @@ class _DecoderCache:
         As many graphs are kept as there are sizes: of chunks that are not the last, in powers of two of streams.
         """
         stream_rows = self.layers.rows(rows)
-        if self.model.graphs is None or is_last or not self.layers.is_bounded:
+        graphs = self.model.graphs
+        if graphs is None or not graphs.takes([]) or is_last or not self.layers.is_bounded:
             return self._step(codes.to(self.device), stream_rows, is_last)
+        graphs.check_weights()
+        if self._recording != graphs.recording:
+            self._forget_programs()
+            self._recording = graphs.recording
+        self.touched = True
         # Some of the streams twice over, which then do the same twice.
         missing = (1 << (len(rows) - 1).bit_length()) - len(rows)
         filled = [*rows, *[rows[-1]] * missing]
@@ -528,7 +569,7 @@ class _DecoderCache:
         if key not in self._seen:
             self._seen.add(key)
             return body()
-        samples, replay = self.model.graphs.record(body)
+        samples, replay = graphs.record(body)
         self._programs[key] = _Program(*inputs, replay)
         return samples
 
@@ -567,6 +608,7 @@ class _DecoderCache:
         samples = decoder.vocoder(normed.flatten(0, 1), layout, backend).view(streams, -1)
 
         if length:
+            self.touched = True
             self.norm1.keep(rows, mean1, variance1)
             self.norm2.keep(rows, mean2, variance2)
             self.tails[rows.index] = tails
@@ -674,7 +716,7 @@ class StreamingEncoder:
 
     def reset(self) -> None:
         """Begins anew, whether the stream has ended or not."""
-        self._ended = False
+        self._ended = self._broken = False
         self._mel = _StreamingMel(self._extractor, self._device)
         self._encoding: _CausalEncoding | _WindowedEncoding
         if self.looks_ahead:
@@ -704,21 +746,30 @@ class StreamingEncoder:
 
         Raises:
             ValueError: samples that are not mono, not floating point, NaN or infinite; the stream is as it was.
-            RuntimeError: the stream has ended.
+            RuntimeError: the stream has ended, or was broken off: an error in the model's calls (out of memory, say)
+                leaves a stream that looks ahead as it was, but others not.
         """
+        if self._broken:
+            raise RuntimeError("the stream was broken off by an error in a call; accepted: samples after a reset")
         if self._ended:
             raise RuntimeError("the stream has ended; accepted: samples after a reset")
         if tuple(getattr(samples, "shape", ())) != (0,):
             samples = check_waveform(samples, "samples").float()
         else:
             samples = torch.empty(0)
-        self._ended = last
-        pieces = samples.split(_MAX_SAMPLES)
+        pieces = samples.split(_MAX_SECONDS * self._model.config.sampling_rate)
         codes = [torch.empty(0, self._num_quantizers, dtype=torch.long)]
-        with torch.inference_mode():
-            for number, piece in enumerate(pieces, start=1):
-                is_last = last and number == len(pieces)
-                codes += [found.cpu() for found in self._encoding.push(self._mel.push(piece, is_last), is_last)]
+        before = copy(self._mel), copy(self._encoding)
+        try:
+            with torch.inference_mode():
+                for number, piece in enumerate(pieces, start=1):
+                    is_last = last and number == len(pieces)
+                    codes += [found.cpu() for found in self._encoding.push(self._mel.push(piece, is_last), is_last)]
+        except BaseException:
+            self._mel, self._encoding = before
+            self._broken = not self.looks_ahead  # keys and values may have been written
+            raise
+        self._ended = last
         return torch.cat(codes)
 
     def flush(self) -> torch.Tensor:
@@ -874,9 +925,14 @@ class _WindowedEncoding:
             self.mel = self.mel[min(kept - held, len(self.mel)) :].clone()
 
 
-def _check_count(name: str, value: Any, least: int, why: str = "") -> None:
-    if type(value) is not int or value < least:
-        raise ValueError(f"{name}={value!r}; accepted: {least}{f' ({why})' if why else ''} or more")
+def _check_count(name: str, value: Any, least: int, why: str = "") -> int:
+    try:
+        count = operator.index(value)
+    except TypeError:
+        count = least - 1
+    if isinstance(value, bool) or count < least:
+        raise ValueError(f"{name}={value!r}; accepted: {least}{f' ({why})' if why else ''} or more, an integer")
+    return count
 
 
 def _groups(indices: Iterable[int], key: Callable[[int], Hashable]) -> list[list[int]]:
