@@ -11,7 +11,7 @@ import pytest
 import soundfile
 import torch
 
-from mimo_audio_hf import decode_codes, encode_waveforms, load_audio
+from mimo_audio_hf import decode_codes, encode_waveforms, load_audio, offline
 from mimo_audio_hf.offline import load_tokens, main, save_tokens
 
 
@@ -154,3 +154,14 @@ def test_one_file_under_two_spellings(tmp_path, tiny_checkpoint, lines, capfd):
     lines[3]["quantized_tokens"] = str(tmp_path / "out" / ".." / "out" / "1.json")
     assert main(arguments(tmp_path, tiny_checkpoint, lines, "wav2token")) == 1
     assert "lines 2 and 4 both write" in capfd.readouterr().err
+
+
+def test_threads_of_a_gpu_without_a_number_use_the_one_that_is_current(monkeypatch):
+    """As `--device cuda` names it, which `torch.cuda.set_device` does not take."""
+    chosen = []
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 3)
+    monkeypatch.setattr(torch.cuda, "set_device", chosen.append)
+    for name in ("cuda", "cuda:1"):
+        with offline._converter(torch.device(name)) as threads:
+            threads.submit(int).result()
+    assert chosen == [3, 1]

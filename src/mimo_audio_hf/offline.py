@@ -315,7 +315,9 @@ def run(args: argparse.Namespace) -> int:
 def _converter(device: torch.device) -> ThreadPoolExecutor:
     if device.type != "cuda":
         return ThreadPoolExecutor(max_workers=1)
-    return ThreadPoolExecutor(max_workers=2, initializer=torch.cuda.set_device, initargs=(device,))
+    # Which GPU is current is each thread's own matter; "cuda" without a number is this thread's.
+    index = torch.cuda.current_device() if device.index is None else device.index
+    return ThreadPoolExecutor(max_workers=2, initializer=torch.cuda.set_device, initargs=(index,))
 
 
 def _in_turn(
