@@ -270,12 +270,12 @@ def _resample_by_products(rows: torch.Tensor, orig: int, new: int, length: int) 
     taps = weights.shape[1]
     before = _filter_weights(orig, new).shape[1] // 2 - 1
     steps = -(-length // new)
-    padded = torch.nn.functional.pad(rows, (before, max(0, (steps - 1) * orig + taps - before - rows.shape[1])))
-    windows = padded.unfold(-1, taps, orig)[:, :steps]  # a view, not a copy
     output = rows.new_empty(len(rows), steps, new)
     step = max(1, _RESAMPLE_ELEMENTS // max(1, len(rows) * taps))
     for start in range(0, steps, step):
-        output[:, start : start + step] = windows[:, start : start + step] @ weights.t()
+        stop = min(start + step, steps)
+        section = _section(rows, start * orig - before, (stop - 1) * orig - before + taps)
+        output[:, start:stop] = section.unfold(-1, taps, orig) @ weights.t()  # a view, not a copy
     return output.flatten(1)[:, :length]
 
 
@@ -284,14 +284,23 @@ def _resample_by_phases(rows: torch.Tensor, orig: int, new: int, length: int) ->
     weights = _on_device_of(rows, _filter_weights(orig, new))
     taps = weights.shape[1]
     half = taps // 2
-    # windows[:, i] are the inputs i - (half - 1) ... i + half, zero outside of the waveform; a view, not a copy.
-    windows = torch.nn.functional.pad(rows, (half - 1, half)).unfold(-1, taps, 1)
     output = rows.new_empty(len(rows), length)
     step = max(1, _RESAMPLE_ELEMENTS // max(1, len(rows) * taps))
     for start in range(0, length, step):
         index = torch.arange(start, min(start + step, length), device=rows.device)
-        output[:, start : start + step] = (windows[:, index * orig // new] * weights[index % new]).sum(-1)
+        first, last = start * orig // new, (start + len(index) - 1) * orig // new
+        # windows[:, i] are the inputs first + i - (half - 1) ... first + i + half; a view, not a copy.
+        windows = _section(rows, first - (half - 1), last + half + 1).unfold(-1, taps, 1)
+        output[:, start : start + step] = (windows[:, index * orig // new - first] * weights[index % new]).sum(-1)
     return output
+
+
+def _section(rows: torch.Tensor, start: int, stop: int) -> torch.Tensor:
+    """Samples `start` to before `stop` of each waveform, zero outside of it."""
+    inside = rows[:, max(0, start) : max(0, stop)]
+    return torch.nn.functional.pad(
+        inside, (min(max(0, -start), stop - start), max(0, stop - max(start, rows.shape[1])))
+    )
 
 
 def _on_device_of(rows: torch.Tensor, weights: np.ndarray) -> torch.Tensor:
@@ -357,15 +366,21 @@ def _decode(file: BinaryIO, name: str) -> tuple[torch.Tensor, int]:
     except (sf.SoundFileError, TypeError) as error:  # TypeError: a name in .raw, for which soundfile wants a format
         raise ValueError(f"{name}: cannot be decoded: {getattr(error, 'error_string', error)} {_ACCEPTED}") from error
 
-    blocks: list[torch.Tensor] = []
+    # Grown in place, which for what is large moves nothing: an hour is not to be held twice.
+    array = np.empty(0, dtype=np.float32)
+    decoded = 0
     failure: sf.SoundFileError | None = None
     with sound:
         try:
             while len(block := sound.read(_READ_ELEMENTS // sound.channels, dtype="float32", always_2d=True)):
-                blocks.append(torch.from_numpy(block[:, 0] if sound.channels == 1 else block.mean(axis=1)))
+                if decoded + len(block) > len(array):
+                    array.resize(max(decoded + len(block), len(array) * 9 // 8), refcheck=False)
+                array[decoded : decoded + len(block)] = block[:, 0] if sound.channels == 1 else block.mean(axis=1)
+                decoded += len(block)
         except sf.SoundFileError as error:
             failure = error
-        samples = torch.cat(blocks) if blocks else torch.empty(0)
+        array.resize(decoded, refcheck=False)
+        samples = torch.from_numpy(array)
         promised = None if sound.frames == _UNKNOWN_FRAMES else sound.frames
         if failure or (promised is not None and len(samples) < promised):
             raise ValueError(
