@@ -16,7 +16,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import LlamaConfig
 from workloads import random_model, report, seconds_of
 
 from mimo_audio_hf import MiMoAudioTokenizerConfig, encode_waveforms, load_model, optimize_for_inference
@@ -44,16 +43,9 @@ def main() -> None:
     optimize_for_inference(tokenizer)
     collator = AudioCodesCollator(tokenizer)
     hidden, layers = (1024, 12) if on_gpu else (256, 4)
-    config = LlamaConfig(
-        hidden_size=hidden,
-        intermediate_size=4 * hidden,
-        num_hidden_layers=layers,
-        num_attention_heads=hidden // 64,
-        vocab_size=1,
-        bos_token_id=None,
-        eos_token_id=None,
-    )
-    model = runpy.run_path(str(RECIPE))["AudioLanguageModel"](collator.vocabulary_sizes, config).to(args.device)
+    recipe = runpy.run_path(str(RECIPE))
+    config = recipe["transformer_config"](hidden, layers)
+    model = recipe["AudioLanguageModel"](collator.vocabulary_sizes, config).to(args.device)
     optimizer = torch.optim.AdamW(model.parameters(), fused=on_gpu)
 
     waveforms = [torch.randn(round(seconds * 24000)) * 0.1 for _ in range(batch_size)]

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import runpy
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -112,8 +115,27 @@ def test_bad_examples(model, clips):
         AudioCodesCollator(model.config)([{"audio": clips[0]}])
     with pytest.raises(ValueError, match="num_quantizers=21; accepted: 1 to 20"):
         AudioCodesCollator(model, 21)
-    with pytest.raises(ValueError, match=r"delays=\[0, 1\] for 8 codebooks"):
-        AudioCodesCollator(model, delays=[0, 1])
+    for options, message in (
+        ({"delays": [0, 1]}, r"delays=\[0, 1\] for 8 codebooks"),
+        ({"delays": [0.5] * 8}, r"delays=\[0.5, .* accepted: an integer"),
+        ({"num_quantizers": 8.0}, "num_quantizers=8.0; accepted: 1 to 20"),
+        ({"num_quantizers": True}, "num_quantizers=True; accepted: 1 to 20"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            AudioCodesCollator(model, **options)
+    with pytest.raises(ValueError, match="tokenizer='tiny'; accepted: a model, as `load_model` gives it"):
+        AudioCodesCollator("tiny")
+    with pytest.raises(ValueError, match="a batch of no examples"):
+        collator([])
+
+
+def test_codes_of_long_clips_are_those_of_their_pieces(model, clips):
+    """As jobs store them: cut after 60 s, and beside a short clip."""
+    long = torch.cat([*clips] * 20)[: 61 * 24000]
+    batch = AudioCodesCollator(model, delays=[0] * 8)([{"audio": clips[0]}, {"audio": long}])
+    expected = encode_waveforms(model, [clips[0], long], 8)
+    for ids, codes in zip(batch["input_ids"], expected, strict=True):
+        assert torch.equal(ids[1 : 1 + len(codes)], codes)
 
 
 @pytest.fixture(autouse=True)
@@ -138,6 +160,66 @@ def test_the_example_learns_on_the_fly_and_from_stored_codes(recipe, tmp_path, w
     assert main(["tokenize", str(RECORDING.parent), str(tmp_path), "--model", "tiny", "--device", "cpu"]) == 0
     losses = train(parse(["--codes", str(tmp_path), *options]))["losses"]
     assert sum(losses[-5:]) < sum(losses[:5]) - 5
+
+
+def test_the_examples_tokenizer_stays_as_it_is(recipe, monkeypatch):
+    loaded = []
+    monkeypatch.setitem(
+        recipe["train"].__globals__,
+        "load_model",
+        lambda *args, **options: loaded.append(load_model(*args, **options)) or loaded[0],
+    )
+    arguments = [
+        "--audio",
+        str(RECORDING),
+        "--tokenizer",
+        "tiny",
+        "--steps",
+        "2",
+        "--batch-size",
+        "1",
+        "--workers",
+        "0",
+    ]
+    recipe["train"](recipe["parse_arguments"]([*arguments, "--hidden-size", "64", "--layers", "1", "--seconds", "1"]))
+    [tokenizer] = loaded
+    assert not any(parameter.requires_grad for parameter in tokenizer.parameters())
+    assert not tokenizer.training
+    for name, tensor in load_model("tiny", device="cpu").state_dict().items():
+        assert torch.equal(tokenizer.state_dict()[name], tensor), name
+
+
+# The example, noting which recordings each process sees.
+NOTING = """
+import runpy, sys
+from pathlib import Path
+
+recipe = runpy.run_path(sys.argv[1])
+scope, read = recipe["train"].__globals__, recipe["load_audio"]
+
+def noting(path, *args):
+    with open(sys.argv[2] + "/" + __import__("os").environ["RANK"], "a") as file:
+        print(path, file=file)
+    return read(path, *args)
+
+scope["load_audio"] = noting
+losses = recipe["train"](recipe["parse_arguments"](sys.argv[3:]))["losses"]
+assert len(losses) == 2
+"""
+
+
+def test_the_example_in_two_processes_shares_the_recordings_out(tmp_path, write_audio):
+    paths = [str(write_audio(tmp_path / f"{number}.wav", 9600)) for number in range(4)]
+    (tmp_path / "noting.py").write_text(NOTING)
+    (tmp_path / "seen").mkdir()
+    arguments = ["--tokenizer", "tiny", "--steps", "2", "--batch-size", "1", "--workers", "0", "--seconds", "1"]
+    arguments += ["--hidden-size", "64", "--layers", "1", "--audio", *paths]
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    command += [str(tmp_path / "noting.py"), str(RECIPE), str(tmp_path / "seen"), *arguments]
+    run = subprocess.run(command, capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
+    assert run.returncode == 0, run.stderr
+    first, second = ((tmp_path / "seen" / rank).read_text().split() for rank in "01")
+    assert sorted(first + second) == sorted(paths)
 
 
 def test_the_examples_model_sees_nothing_of_later_steps(recipe):

@@ -29,7 +29,7 @@ from tqdm import tqdm
 from transformers import AutoModel, LlamaConfig
 
 from mimo_audio_hf import load_audio, load_model, optimize_for_inference
-from mimo_audio_hf.checkpoints import RELEASED_MODEL
+from mimo_audio_hf.checkpoints import RELEASED_MODEL, load_config
 from mimo_audio_hf.language_model import IGNORED, AudioCodesCollator
 
 
@@ -67,18 +67,31 @@ class AudioLanguageModel(nn.Module):
         return losses.mean(), losses.detach()
 
 
+def transformer_config(hidden_size: int, layers: int) -> LlamaConfig:
+    return LlamaConfig(
+        hidden_size=hidden_size,
+        intermediate_size=4 * hidden_size,
+        num_hidden_layers=layers,
+        num_attention_heads=hidden_size // 64,
+        vocab_size=1,  # of tokens that are not there
+        bos_token_id=None,
+        eos_token_id=None,
+    )
+
+
 class AudioFiles(Dataset):
     """Crops of audio files, read when they are asked for."""
 
-    def __init__(self, paths: Sequence[str], seconds: float) -> None:
+    def __init__(self, paths: Sequence[str], seconds: float, sampling_rate: int) -> None:
         self.paths = paths
-        self.samples = round(seconds * 24000)
+        self.sampling_rate = sampling_rate
+        self.samples = round(seconds * sampling_rate)
 
     def __len__(self) -> int:
         return len(self.paths)
 
     def __getitem__(self, index: int) -> dict[str, Any]:
-        waveform = load_audio(self.paths[index])
+        waveform = load_audio(self.paths[index], self.sampling_rate)
         start = random.randint(0, max(0, len(waveform) - self.samples))
         return {"audio": waveform[start : start + self.samples]}
 
@@ -117,29 +130,21 @@ def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
 
 def train(args: argparse.Namespace) -> dict[str, Any]:
     """Trains, and returns the losses and the median seconds of a step and of making its batch."""
-    accelerator = Accelerator(mixed_precision="bf16")
+    # Without this several processes on CPUs would not know of each other.
+    accelerator = Accelerator(mixed_precision="bf16", cpu=not torch.accelerator.is_available())
     set_seed(args.seed, device_specific=True)
-    # The frozen tokenizer is on each process's device and no part of what is trained. It runs in its own dtype.
-    dtype = torch.bfloat16 if accelerator.device.type == "cuda" else torch.float32
-    tokenizer = load_model(args.tokenizer, device=str(accelerator.device), dtype=dtype)
-    optimize_for_inference(tokenizer)
-    collator = AudioCodesCollator(tokenizer if args.audio else tokenizer.config, args.num_quantizers)
     if args.audio:
-        data: Any = AudioFiles(args.audio, args.seconds)
+        # The frozen tokenizer is on each process's device and no part of what is trained. It runs in its own dtype.
+        dtype = torch.bfloat16 if accelerator.device.type == "cuda" else torch.float32
+        tokenizer = load_model(args.tokenizer, device=str(accelerator.device), dtype=dtype)
+        collator = AudioCodesCollator(optimize_for_inference(tokenizer), args.num_quantizers)
+        data: Any = AudioFiles(args.audio, args.seconds, collator.config.sampling_rate)
     else:
+        collator = AudioCodesCollator(load_config(args.tokenizer), args.num_quantizers)
         data = load_dataset(args.codes, split="train").with_format("numpy")
     # Workers read; the batch is made in the loop, where the tokenizer is.
     loader = DataLoader(data, args.batch_size, shuffle=True, num_workers=args.workers, collate_fn=list)
-    config = LlamaConfig(
-        hidden_size=args.hidden_size,
-        intermediate_size=4 * args.hidden_size,
-        num_hidden_layers=args.layers,
-        num_attention_heads=args.hidden_size // 64,
-        vocab_size=1,  # of tokens that are not there
-        bos_token_id=None,
-        eos_token_id=None,
-    )
-    model = AudioLanguageModel(collator.vocabulary_sizes, config)
+    model = AudioLanguageModel(collator.vocabulary_sizes, transformer_config(args.hidden_size, args.layers))
     optimizer = torch.optim.AdamW(model.parameters(), lr=args.learning_rate)
     model, optimizer = accelerator.prepare(model, optimizer)
     # Examples stay on the host until they are a batch.
@@ -152,7 +157,7 @@ def train(args: argparse.Namespace) -> dict[str, Any]:
             examples = next(batches)
             started = time.perf_counter()
             if args.codes:
-                examples = crop_codes(examples, round(args.seconds * tokenizer.config.frame_rate))
+                examples = crop_codes(examples, round(args.seconds * collator.config.frame_rate))
             batch = collator(examples)
             batch = {name: tensor.to(accelerator.device) for name, tensor in batch.items()}
             _wait(accelerator.device)

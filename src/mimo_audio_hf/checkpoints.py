@@ -116,6 +116,19 @@ def load_model(
     return loaded if quantization is None else quantize(loaded, quantization)
 
 
+def load_config(model: str | os.PathLike[str] = RELEASED_MODEL) -> MiMoAudioTokenizerConfig:
+    """The configuration of what [`load_model`] loads under a name, without its weights.
+
+    Raises:
+        ValueError: there is no such model, or its configuration is missing, damaged or another model's.
+    """
+    name, _ = _place_of(_TINY if model == "tiny" else model)
+    try:
+        return _read_configuration(name, _find_subfolder(name))
+    except OSError as error:
+        raise ValueError(f"model={name!r}: {' '.join(str(error).split())} {_ACCEPTED}") from error
+
+
 def init_checkpoint(directory: str | os.PathLike[str], preset: str, seed: int = 0) -> MiMoAudioTokenizerModel:
     """Write the checkpoint of a freshly initialized model: config.json, model.safetensors, preprocessor_config.json.
 
@@ -174,20 +187,26 @@ def _initialized_model(preset: str, seed: int) -> MiMoAudioTokenizerModel:
 def _read_checkpoint(
     model: str | os.PathLike[str], dtype: torch.dtype | None, model_class: type[MiMoAudioTokenizerModel]
 ) -> MiMoAudioTokenizerModel:
-    name = os.fspath(model)
-    # A mistyped path must not be looked up on the Hub.
-    is_directory = name != "" and Path(name).is_dir()
-    if not is_directory and not (isinstance(model, str) and HUB_ID.fullmatch(name)):
-        raise ValueError(f"model={name!r}: there is no such directory; {_ACCEPTED}")
+    name, is_directory = _place_of(model)
     options = {} if dtype is None else {"dtype": dtype}
     try:
         subfolder = _find_subfolder(name)
-        _check_configuration(name, subfolder)
+        _read_configuration(name, subfolder)
         if is_directory:
             _check_tensors(name, subfolder, model_class)
         return model_class.from_pretrained(name, subfolder=subfolder, **options)
     except (OSError, SafetensorError) as error:
         raise ValueError(f"model={name!r}: {' '.join(str(error).split())} {_ACCEPTED}") from error
+
+
+def _place_of(model: str | os.PathLike[str]) -> tuple[str, bool]:
+    """A directory or Hub id, and whether it is a directory."""
+    name = os.fspath(model)
+    # A mistyped path must not be looked up on the Hub.
+    is_directory = name != "" and Path(name).is_dir()
+    if not is_directory and not (isinstance(model, str) and HUB_ID.fullmatch(name)):
+        raise ValueError(f"model={name!r}: there is no such directory; {_ACCEPTED}")
+    return name, is_directory
 
 
 def _find_subfolder(name: str) -> str:
@@ -209,14 +228,16 @@ def _find_subfolder(name: str) -> str:
     raise ValueError(f"model={name!r}: {', '.join(found) or 'no config.json'}; {_ACCEPTED}")
 
 
-def _check_configuration(name: str, subfolder: str) -> None:
+def _read_configuration(name: str, subfolder: str) -> MiMoAudioTokenizerConfig:
     """Raise a ValueError if the configuration is not this model's; at its own fields transformers fails anyhow."""
     try:
-        dtype = MiMoAudioTokenizerConfig.from_pretrained(name, subfolder=subfolder).dtype
+        config = MiMoAudioTokenizerConfig.from_pretrained(name, subfolder=subfolder)
+        dtype = config.dtype
     except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
         raise ValueError(f"model={name!r}: config.json: {error}") from error
     if not isinstance(dtype, torch.dtype | None):
         raise ValueError(f"model={name!r}: config.json: dtype={dtype!r}; accepted: the name of a torch.dtype")
+    return config
 
 
 def _check_tensors(name: str, subfolder: str, model_class: type[MiMoAudioTokenizerModel]) -> None:

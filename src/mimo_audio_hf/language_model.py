@@ -1,8 +1,9 @@
 # Copyright 2026 The mimo-audio-hf authors. Licensed under the Apache License, Version 2.0.
-"""Batches of codes for a language model: extracted on the fly or stored, delayed as MiMo-Audio has them.
+"""Batches of codes for a language model: extracted on the fly or stored, each codebook delayed.
 
 MiMo-Audio models the first 8 codebooks, codebook q delayed by q steps, so that a step's codes are known one after the
-other. Each codebook has an entry more than the tokenizer's, the empty one, for steps at which it has no code.
+other; within patches of 4 frames, for which there is [`delay_codes`]. [`AudioCodesCollator`] delays over the whole
+clip. Each codebook has an entry more than the tokenizer's, the empty one, for steps at which it has no code.
 """
 
 from __future__ import annotations
@@ -17,7 +18,14 @@ from torch.nn.utils.rnn import pad_sequence
 from .configuration_mimo_audio_tokenizer import MiMoAudioTokenizerConfig
 from .dataset import to_codes, to_waveform
 from .feature_extraction_mimo_audio_tokenizer import MiMoAudioTokenizerFeatureExtractor
-from .inference import check_codes_of, check_waveform, encode_packed, model_device
+from .inference import (
+    MAX_PIECE_FRAMES,
+    check_codes_of,
+    check_waveform,
+    encode_packed,
+    encode_waveforms,
+    model_device,
+)
 from .modeling_mimo_audio_tokenizer import MiMoAudioTokenizerModel
 
 
@@ -67,9 +75,10 @@ def undelay_codes(delayed: torch.Tensor, delays: Sequence[int] | None = None) ->
 class AudioCodesCollator:
     """Makes examples with audio or stored codes into a language model's batch.
 
-    Audio is encoded on the fly, all clips whole and in one call, where the tokenizer is; codes stay there. With a
-    tokenizer on a GPU this belongs into the training process, not into a data loader's workers: let these read audio,
-    with a collate function that returns its examples as they are, and call this in the loop.
+    Audio is encoded on the fly, in one call, where the tokenizer is; codes stay there. They are those that
+    [`encode_waveforms`] gives: clips of more than 60 s are cut, and go through the host. With a tokenizer on a GPU
+    this belongs into the training process, not into a data loader's workers: let these read audio, with a collate
+    function that returns its examples as they are, and call this in the loop.
 
     Args:
         tokenizer: the frozen model; or its configuration, where all codes are stored.
@@ -90,11 +99,15 @@ class AudioCodesCollator:
         audio_column: str = "audio",
         codes_column: str = "audio_codes",
     ) -> None:
+        if not isinstance(tokenizer, (MiMoAudioTokenizerModel, MiMoAudioTokenizerConfig)):
+            raise ValueError(
+                f"tokenizer={tokenizer!r}; accepted: a model, as `load_model` gives it, or a configuration"
+            )
         self.model = tokenizer if isinstance(tokenizer, MiMoAudioTokenizerModel) else None
         self.config = tokenizer if isinstance(tokenizer, MiMoAudioTokenizerConfig) else tokenizer.config
         self._extractor = MiMoAudioTokenizerFeatureExtractor.from_config(self.config)
-        if not 1 <= num_quantizers <= self.config.num_quantizers:
-            raise ValueError(f"num_quantizers={num_quantizers}; accepted: 1 to {self.config.num_quantizers}")
+        if type(num_quantizers) is not int or not 1 <= num_quantizers <= self.config.num_quantizers:
+            raise ValueError(f"num_quantizers={num_quantizers!r}; accepted: 1 to {self.config.num_quantizers}")
         self.num_quantizers = num_quantizers
         self.empty = self.config.codebook_sizes[:num_quantizers]
         self.delays = _check_delays(torch.empty(0, num_quantizers), delays)
@@ -115,8 +128,10 @@ class AudioCodesCollator:
             not shifted, as transformers' models take them. T is 1 + frames + max(delays) of the longest clip.
 
         Raises:
-            ValueError: an example (named by its place) without audio and codes, or with bad ones.
+            ValueError: no examples; one (named by its place) without audio and codes, or with bad ones.
         """
+        if not examples:
+            raise ValueError("a batch of no examples; accepted: one or more")
         codes = self._codes(examples)
         delayed = [delay_codes(clip, self.empty, self.delays) for clip in codes]
         begin = delayed[0].new_tensor([self.empty])
@@ -150,15 +165,28 @@ class AudioCodesCollator:
             waveforms[index] = self._waveform(
                 example.get(self.audio_column), f"{self.audio_column} of example {index}"
             )
-        if waveforms:
-            assert self.model is not None
-            lengths = [len(waveform) for waveform in waveforms.values()]
-            with torch.no_grad():
-                samples = torch.cat(list(waveforms.values())).to(device, non_blocking=True)
-                packed = encode_packed(self.model, samples, lengths, self.num_quantizers)
-            frames = self.model.encoder.code_lengths([self._extractor.num_frames(length) for length in lengths])
-            codes |= zip(waveforms, packed.split(frames), strict=True)
+        codes |= self._encode(waveforms, device)
         return [codes[index] for index in range(len(examples))]
+
+    def _encode(self, waveforms: dict[int, torch.Tensor], device: torch.device) -> dict[int, torch.Tensor]:
+        if not waveforms:
+            return {}
+        assert self.model is not None
+        frames = {index: self._extractor.num_frames(len(waveform)) for index, waveform in waveforms.items()}
+        long = [index for index in waveforms if frames[index] > MAX_PIECE_FRAMES]
+        short = [index for index in waveforms if frames[index] <= MAX_PIECE_FRAMES]
+        codes: dict[int, torch.Tensor] = {}
+        if long:
+            cut = encode_waveforms(self.model, [waveforms[index] for index in long], self.num_quantizers)
+            codes |= zip(long, (clip.to(device) for clip in cut), strict=True)
+        if short:
+            lengths = self.model.encoder.code_lengths([frames[index] for index in short])
+            with torch.no_grad():
+                samples = torch.cat([waveforms[index] for index in short]).to(device, non_blocking=True)
+                sizes = [len(waveforms[index]) for index in short]
+                packed = encode_packed(self.model, samples, sizes, self.num_quantizers)
+            codes |= zip(short, packed.split(lengths), strict=True)
+        return codes
 
     def _waveform(self, audio: Any, name: str) -> torch.Tensor:
         if self.model is None or audio is None:
@@ -175,8 +203,8 @@ class AudioCodesCollator:
 def _check_delays(codes: torch.Tensor, delays: Sequence[int] | None) -> list[int]:
     books = codes.shape[-1]
     delays = [*range(books)] if delays is None else [*delays]
-    if len(delays) != books or min(delays) < 0:
-        raise ValueError(f"delays={delays} for {books} codebooks; accepted: a number from 0 for each")
+    if len(delays) != books or not all(type(delay) is int and delay >= 0 for delay in delays):
+        raise ValueError(f"delays={delays} for {books} codebooks; accepted: an integer from 0 for each")
     return delays
 
 
