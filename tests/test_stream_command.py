@@ -18,6 +18,7 @@ import torch
 
 from mimo_audio_hf import StreamingDecoder, StreamingEncoder, load_audio, load_model
 from mimo_audio_hf.cli import main
+from mimo_audio_hf.commands import stream
 
 
 RECORDING = Path(__file__).parent / "fixtures" / "audio" / "prompt_speech_en_m.wav"
@@ -116,6 +117,49 @@ def test_the_microphone_until_ctrl_c(tmp_path, monkeypatch, capsys):
     written, _ = soundfile.read(tmp_path / "out.wav", dtype="float32")
     np.testing.assert_allclose(written, expected, atol=2e-4)
     assert "1.50 s of audio streamed" in capsys.readouterr().out
+
+
+def test_the_latency_said_is_that_since_the_recording_began(tmp_path, monkeypatch, capsys):
+    """On a clock of the test's: a first call of a minute, all of the recording, a tenth of a second for each block."""
+    now = [0.0]
+    monkeypatch.setattr(stream, "time", SimpleNamespace(perf_counter=lambda: now[0]))
+    push, pushes = StreamingEncoder.push, []
+
+    def slow(encoder, samples, last=False):
+        pushes.append(len(samples))
+        now[0] += 60 if len(pushes) == 1 else 0.1
+        return push(encoder, samples, last=last)
+
+    class InputStream:
+        def __init__(self, samplerate, blocksize, channels, callback):
+            self.blocksize, self.callback = blocksize, callback
+
+        def start(self):
+            for block in load_audio(RECORDING)[:36000].split(self.blocksize):
+                now[0] += len(block) / 24000
+                self.callback(block[:, None].numpy(), len(block), None, None)
+            signal.raise_signal(signal.SIGINT)
+
+        def stop(self):
+            pass
+
+        close = stop
+
+    monkeypatch.setitem(sys.modules, "sounddevice", SimpleNamespace(InputStream=InputStream))
+    monkeypatch.setattr(StreamingEncoder, "push", slow)
+    assert main(["stream", *TINY]) == 0
+    # 1.5 s were recorded when the first of eight blocks was taken, and the eighth gives the first codes.
+    assert pushes == [4800, *[4800] * 7, 2400, 0]
+    said = capsys.readouterr().out
+    assert "first codes after 2.30 s, first audio after 2.30 s" in said
+    assert "computing took 60% of the time, 100 ms at most" in said
+
+
+def test_nothing_is_recorded_that_cannot_be_written(tmp_path, monkeypatch, capsys):
+    (tmp_path / "file").touch()
+    monkeypatch.setattr(StreamingEncoder, "push", None)
+    assert main(["stream", str(RECORDING), "-o", str(tmp_path / "file" / "out.wav"), "--no-wait", *TINY]) == 1
+    assert "file" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

@@ -16,6 +16,8 @@ import math
 import numbers
 import os
 import struct
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO, Protocol, cast
 
@@ -206,13 +208,33 @@ def save_audio(path: str | os.PathLike[str], waveform: torch.Tensor | np.ndarray
         OSError: the file cannot be written.
     """
     path = Path(path)
-    if path.suffix.lower() not in AUDIO_FORMATS:
-        raise ValueError(f"{path}: unsupported extension {path.suffix!r}; accepted: {', '.join(AUDIO_FORMATS)}")
+    _check_suffix(path)
     # Checked before anything is touched.
     samples = _samples_to_write(str(path), waveform, sampling_rate)
+    with audio_writer(path, sampling_rate) as write:
+        write(samples)
+
+
+@contextmanager
+def audio_writer(path: str | os.PathLike[str], sampling_rate: int) -> Iterator[Callable[[torch.Tensor], None]]:
+    """Writes a file as [`save_audio`] does, of audio that comes in pieces: what it gives takes (samples,), floats.
+
+    The file appears under its name at the end of the block, if that raises nothing.
+
+    Raises:
+        ValueError, OSError: as [`save_audio`], at the beginning for what is known then.
+    """
+    path = Path(path)
+    _check_suffix(path)
     with replacing(path) as temporary:
         temporary.touch(exist_ok=False)  # says why it fails, unlike libsndfile
-        _write(temporary, samples, sampling_rate, path.suffix.lower(), str(path))
+        with _writer(temporary, sampling_rate, path.suffix.lower(), str(path)) as write:
+            yield write
+
+
+def _check_suffix(path: Path) -> None:
+    if path.suffix.lower() not in AUDIO_FORMATS:
+        raise ValueError(f"{path}: unsupported extension {path.suffix!r}; accepted: {', '.join(AUDIO_FORMATS)}")
 
 
 def encode_audio(waveform: torch.Tensor | np.ndarray, sampling_rate: int, audio_format: str) -> bytes:
@@ -227,7 +249,9 @@ def encode_audio(waveform: torch.Tensor | np.ndarray, sampling_rate: int, audio_
         accepted = ", ".join(repr(name[1:]) for name in AUDIO_FORMATS)
         raise ValueError(f"audio_format={audio_format!r}; accepted: {accepted}")
     file = io.BytesIO()
-    _write(file, _samples_to_write("audio", waveform, sampling_rate), sampling_rate, suffix, "audio")
+    samples = _samples_to_write("audio", waveform, sampling_rate)
+    with _writer(file, sampling_rate, suffix, "audio") as write:
+        write(samples)
     return file.getvalue()
 
 
@@ -246,17 +270,24 @@ def _samples_to_write(name: str, waveform: torch.Tensor | np.ndarray, sampling_r
     return samples.reshape(-1)
 
 
-def _write(target: Path | BinaryIO, samples: torch.Tensor, sampling_rate: int, suffix: str, name: str) -> None:
-    """Write samples in a format of [`AUDIO_FORMATS`]; errors call the target by `name`."""
+@contextmanager
+def _writer(
+    target: Path | BinaryIO, sampling_rate: int, suffix: str, name: str
+) -> Iterator[Callable[[torch.Tensor], None]]:
+    """What writes samples in a format of [`AUDIO_FORMATS`]; errors call the target by `name`."""
     file_format, subtype = AUDIO_FORMATS[suffix]
     try:
         with sf.SoundFile(target, "w", sampling_rate, 1, subtype, format=file_format) as file:
-            for block in samples.split(_WRITE_SAMPLES):
-                block = block.to(torch.float32).clamp(-1, 1)  # the lossy encoders do not clip
-                if subtype == "PCM_16":
-                    # libsndfile would round towards minus infinity in a WAV.
-                    block = (block * 2**15).round().clamp(max=2**15 - 1).to(torch.int16)
-                file.write(block.numpy())
+
+            def write(samples: torch.Tensor) -> None:
+                for block in samples.split(_WRITE_SAMPLES):
+                    block = block.to(torch.float32).clamp(-1, 1)  # the lossy encoders do not clip
+                    if subtype == "PCM_16":
+                        # libsndfile would round towards minus infinity in a WAV.
+                        block = (block * 2**15).round().clamp(max=2**15 - 1).to(torch.int16)
+                    file.write(block.numpy())
+
+            yield write
     except sf.LibsndfileError as error:
         kind = OSError if error.code == _SYSTEM_ERROR else ValueError
         raise kind(

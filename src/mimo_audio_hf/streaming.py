@@ -699,7 +699,7 @@ class StreamingEncoder:
         ):
             if value is not None:
                 _check_count(name, value, least)
-        self.looks_ahead = any(right != 0 for _, right in model.encoder.windows)
+        self.looks_ahead = self.looks_ahead_in(model)
         if self.looks_ahead:
             left_context = 250 if left_context is None else left_context
             right_context = 25 if right_context is None else right_context
@@ -713,6 +713,11 @@ class StreamingEncoder:
         self.right_context = right_context
         self.chunk_frames = chunk_frames
         self.reset()
+
+    @staticmethod
+    def looks_ahead_in(model: MiMoAudioTokenizerModel) -> bool:
+        """Whether a model's encoder looks ahead, so that the last two options are for it."""
+        return any(right != 0 for _, right in model.encoder.windows)
 
     def reset(self) -> None:
         """Begins anew, whether the stream has ended or not."""

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from ..audio import load_audio, save_audio
+from ..audio import audio_writer, load_audio
 from ..streaming import StreamingDecoder, StreamingEncoder
 from .options import (
     OUTPUT_SUFFIXES,
@@ -78,38 +78,41 @@ def run_stream(args: argparse.Namespace) -> None:
     model = load_converter(args, args.num_quantizers, decodes=True)
     config = model.config
     rate, block = config.sampling_rate, BLOCK_FRAMES * config.samples_per_frame
-    options = {"right_context": args.look_ahead, "chunk_frames": args.encoder_chunk}
-    if any(right != 0 for _, right in model.encoder.windows):
-        options["chunk_frames"] = args.encoder_chunk or 10
+    chunk = args.encoder_chunk or (BLOCK_FRAMES * 2 if StreamingEncoder.looks_ahead_in(model) else None)
+    options = {"right_context": args.look_ahead, "chunk_frames": chunk}
     encoder = StreamingEncoder(model, num_quantizers=args.num_quantizers, **options)
     decoder = StreamingDecoder.low_latency(model)
 
     with ExitStack() as stack:
+        # Whatever cannot be opened is known before anything is recorded.
+        write = None if args.output is None else stack.enter_context(audio_writer(args.output, rate))
         speaker = stack.enter_context(_sounddevice().OutputStream(rate, channels=1)) if args.play else None
-        if args.input is None:
-            blocks = stack.enter_context(_Microphone(rate, block))
-        else:
-            waveform = load_audio(args.input, rate)
-            blocks = _blocks_of_file(waveform, block, 0.0 if args.no_wait else 1 / rate)
-        # What the first call of a model costs is no one's latency.
+        microphone = _Microphone(rate, block) if args.input is None else None
+        waveform = None if args.input is None else load_audio(args.input, rate)
+        # What the first call of a model costs is no one's latency: nothing is recorded yet.
         decoder.push(encoder.push(torch.zeros(block), last=True))
         encoder.reset()
         decoder.reset()
-        audio: list[torch.Tensor] = []
+        if microphone is not None:
+            blocks = stack.enter_context(microphone)
+        else:
+            assert waveform is not None
+            blocks = _blocks_of_file(waveform, block, 0.0 if args.no_wait else 1 / rate)
         delays: list[float] = []  # how far behind the recording a player would be
         first_codes = busy = slowest = start = 0.0
         received = codes = emitted = 0
         most = None if args.seconds is None else round(args.seconds * rate)
         with tqdm(bar_format="streamed {n:.1f} s [{elapsed}{postfix}]", disable=None) as bar:
-            for samples, is_last in _with_last(blocks, most):
-                arrived = time.perf_counter()
+            for samples, recorded, is_last in _with_last(blocks, most):
+                begun = time.perf_counter()
                 if not received:
-                    start = arrived - len(samples) / rate
+                    start = recorded - len(samples) / rate
                 new_codes = encoder.push(samples, last=is_last)
                 new_audio = decoder.push(new_codes, last=is_last)
-                computed = time.perf_counter() - arrived
+                ended = time.perf_counter()
+                computed = ended - begun
                 received += len(samples)
-                now = received / rate + computed if args.no_wait else arrived + computed - start
+                now = received / rate + computed if args.no_wait else ended - start
                 if speaker is not None and len(new_audio):
                     speaker.write(new_audio.numpy())
                 if len(new_codes) and not codes:
@@ -117,15 +120,13 @@ def run_stream(args: argparse.Namespace) -> None:
                 if len(new_audio):
                     delays.append(now - emitted / rate)
                     bar.set_postfix_str(f"latency {delays[-1]:.2f} s, {1000 * computed:.0f} ms of it computing")
-                audio.append(new_audio)
+                if write is not None:
+                    write(new_audio[: received - emitted])  # the last frame may be longer than the recording
                 codes, emitted = codes + len(new_codes), emitted + len(new_audio)
                 busy, slowest = busy + computed, max(slowest, computed)
                 bar.update(len(samples) / rate)
-    if not received:
-        print("nothing was recorded")
-        return
-    if args.output is not None:
-        save_audio(args.output, torch.cat(audio)[:received], rate)
+        if not received:
+            raise ValueError("nothing was recorded; accepted: audio of one sample or more")
     print(
         f"{received / rate:.2f} s of audio streamed as {codes} frames of codes"
         f"{'' if args.output is None else f' -> {args.output}'}; first codes after {first_codes:.2f} s, first audio "
@@ -145,27 +146,30 @@ def _sounddevice() -> Any:
     return sounddevice
 
 
-def _blocks_of_file(waveform: torch.Tensor, block: int, seconds_per_sample: float) -> Iterator[torch.Tensor]:
-    """Blocks of a file, each when it would have been recorded."""
+def _blocks_of_file(
+    waveform: torch.Tensor, block: int, seconds_per_sample: float
+) -> Iterator[tuple[torch.Tensor, float]]:
+    """Blocks of a file, each when it would have been recorded, and that time."""
     started = time.perf_counter()
     received = 0
     for samples in waveform.split(block):
         received += len(samples)
-        time.sleep(max(0.0, started + received * seconds_per_sample - time.perf_counter()))
-        yield samples
+        recorded = started + received * seconds_per_sample
+        time.sleep(max(0.0, recorded - time.perf_counter()))
+        yield samples, recorded
 
 
 class _Microphone:
-    """Blocks of the microphone's samples, until Ctrl-C."""
+    """Blocks of the microphone's samples, each with the time at which it was complete, until Ctrl-C."""
 
     def __init__(self, rate: int, block: int) -> None:
-        self._blocks: queue.Queue[torch.Tensor | None] = queue.Queue()
+        self._blocks: queue.Queue[tuple[torch.Tensor, float] | None] = queue.Queue()
         self._stream = _sounddevice().InputStream(rate, blocksize=block, channels=1, callback=self._take)
 
     def _take(self, samples: np.ndarray, frames: int, time_info: Any, status: Any) -> None:
-        self._blocks.put(torch.from_numpy(samples[:, 0].copy()))
+        self._blocks.put((torch.from_numpy(samples[:, 0].copy()), time.perf_counter()))
 
-    def __enter__(self) -> Iterator[torch.Tensor]:
+    def __enter__(self) -> Iterator[tuple[torch.Tensor, float]]:
         # Whatever runs when it comes: what was recorded is still to be given out.
         self._handler = signal.signal(signal.SIGINT, lambda *_: self._blocks.put(None))
         self._stream.start()
@@ -177,14 +181,16 @@ class _Microphone:
         self._stream.close()
 
 
-def _with_last(blocks: Iterator[torch.Tensor], most: int | None) -> Iterator[tuple[torch.Tensor, bool]]:
+def _with_last(
+    blocks: Iterator[tuple[torch.Tensor, float]], most: int | None
+) -> Iterator[tuple[torch.Tensor, float, bool]]:
     """Blocks of at most so many samples, and at the end nothing, as the last one."""
-    received = 0
-    for samples in blocks:
+    received, recorded = 0, 0.0
+    for samples, recorded in blocks:
         if most is not None:
             samples = samples[: most - received]
         received += len(samples)
-        yield samples, False
+        yield samples, recorded, False
         if most is not None and received >= most:
             break
-    yield torch.empty(0), True
+    yield torch.empty(0), recorded, True
