@@ -130,6 +130,14 @@ def test_long_audio_is_encoded_in_pieces_of_a_minute(tiny_model, monkeypatch):
             assert torch.equal(codes, torch.cat(pieces))
 
 
+def test_a_minute_is_as_long_as_upstreams(tiny_model):
+    """6,000 frames of the mel spectrogram."""
+    waveform = torch.randn(61 * 24000, generator=torch.Generator().manual_seed(1)) * 0.1
+    mel = MiMoAudioTokenizerFeatureExtractor.from_config(tiny_model.config).log_mel_spectrogram(waveform)
+    pieces = [tiny_model.encode(piece[None]).audio_codes[0].t() for piece in mel.split(6000, dim=1)]
+    assert torch.equal(encode_waveforms(tiny_model, [waveform])[0], torch.cat(pieces))
+
+
 def test_pieces_of_long_audio_may_overlap(tiny_model, monkeypatch):
     monkeypatch.setattr("mimo_audio_hf.inference.MAX_PIECE_FRAMES", 60)
     waveform = torch.randn(60_000, generator=torch.Generator().manual_seed(1)) * 0.1
