@@ -13,7 +13,7 @@ import pytest
 import torch
 from accelerate.state import AcceleratorState
 
-from mimo_audio_hf import encode_waveforms, load_audio, load_model
+from mimo_audio_hf import encode_waveforms, inference, language_model, load_audio, load_model
 from mimo_audio_hf.cli import main
 from mimo_audio_hf.language_model import IGNORED, AudioCodesCollator, delay_codes, undelay_codes
 
@@ -100,6 +100,81 @@ def test_stored_codes_give_the_batch_of_their_audio(model, clips):
         assert torch.equal(mixed[name], expected)
 
 
+def test_patches_as_mimo_audio_has_them(model, clips):
+    batch = AudioCodesCollator(model, patch_frames=4)([{"audio": clip} for clip in clips])
+    codes = encode_waveforms(model, clips, 8)
+    empty = torch.tensor([1024, 1024, *[128] * 6])
+    patches = [-(-len(each) // 4) for each in codes]
+    assert any(len(each) % 4 for each in codes)
+    assert batch["input_ids"].shape == batch["labels"].shape == (3, 1 + max(patches), 4 + 7, 8)
+    assert batch["attention_mask"].shape == (3, 1 + max(patches))
+    for clip, expected in enumerate(codes):
+        ids, labels = batch["input_ids"][clip], batch["labels"][clip]
+        assert (ids[0] == empty).all()
+        assert (ids[1 + patches[clip] :] == empty).all()
+        frames = undelay_codes(ids[1 : 1 + patches[clip]]).flatten(0, 1)
+        assert torch.equal(frames[: len(expected)], expected)
+        assert (frames[len(expected) :] == empty).all()
+        # Of a patch's step t, codebook q is the code of the patch's frame t - q.
+        assert ids[1, 3, 2] == expected[1, 2]
+        assert ids[1, 3, 4] == empty[4]
+        assert batch["attention_mask"][clip].sum() == 1 + patches[clip]
+        assert (labels != IGNORED).sum() == expected.numel()
+        assert torch.equal(labels[labels != IGNORED], ids[labels != IGNORED])
+
+
+def test_clips_of_more_than_a_minute_have_the_codes_of_their_pieces(model, clips, monkeypatch):
+    for module in (language_model, inference):
+        monkeypatch.setattr(module, "MAX_PIECE_FRAMES", 100)  # a second
+    ids = AudioCodesCollator(model)([{"audio": clip} for clip in clips])["input_ids"]
+    codes = encode_waveforms(model, clips, 8)
+    whole = language_model.encode_packed(model, clips[2], [len(clips[2])], 8)
+    assert not torch.equal(codes[2], whole), "the pieces' codes are others"
+    for clip, expected in zip(ids, codes, strict=True):
+        assert torch.equal(undelay_codes(clip[1 : 1 + len(expected) + 7]), expected)
+
+
+def test_not_all_clips_run_at_once(model, clips, monkeypatch):
+    calls = []
+    packed = language_model.encode_packed
+
+    def spy(model, samples, lengths, num_quantizers):
+        calls.append(lengths)
+        return packed(model, samples, lengths, num_quantizers)
+
+    expected = AudioCodesCollator(model)([{"audio": clip} for clip in clips])
+    monkeypatch.setattr(language_model, "encode_packed", spy)
+    monkeypatch.setattr(language_model, "MAX_BATCH_SECONDS", 2.0)
+    batch = AudioCodesCollator(model)([{"audio": clip} for clip in clips])
+    assert calls == [[30_000, 4000], [46_000]]
+    assert torch.equal(batch["input_ids"], expected["input_ids"])
+
+
+def test_tokenizers_by_name(model, clips):
+    collator = AudioCodesCollator("tiny")
+    assert not any(parameter.requires_grad for parameter in collator.model.parameters())
+    expected = AudioCodesCollator(model)([{"audio": clips[0]}])
+    assert torch.equal(collator([{"audio": clips[0]}])["input_ids"].cpu(), expected["input_ids"])
+    assert AudioCodesCollator(model, np.int64(3), delays=np.arange(3)).vocabulary_sizes == [1025, 1025, 129]
+
+
+def test_bad_arguments(model):
+    for arguments, message in (
+        ({"num_quantizers": 21}, "num_quantizers=21; accepted: an integer, 1 to 20"),
+        ({"num_quantizers": 8.0}, "num_quantizers=8.0; accepted: an integer, 1 to 20"),
+        ({"num_quantizers": True}, "num_quantizers=True; accepted: an integer"),
+        ({"delays": [0, 1]}, r"delays=\[0, 1\] for 8 codebooks"),
+        ({"delays": [0.5] * 8}, r"delays=\[0.5, .*\] for 8 codebooks; accepted: an integer from 0"),
+        ({"delays": [False] * 8}, r"delays=\[False, .*\] for 8 codebooks; accepted: an integer from 0"),
+        ({"patch_frames": 0}, "patch_frames=0; accepted: an integer, 1 or more"),
+        ({"patch_frames": 4.0}, "patch_frames=4.0; accepted: an integer, 1 or more"),
+        ({"tokenizer": 3}, "tokenizer is a int; accepted: a MiMoAudioTokenizerModel"),
+        ({"tokenizer": "no such"}, "model='no such'"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            AudioCodesCollator(**{"tokenizer": model, **arguments})
+
+
 def test_bad_examples(model, clips):
     collator = AudioCodesCollator(model)
     for example, message in (
@@ -113,29 +188,8 @@ def test_bad_examples(model, clips):
             collator([{"audio": clips[0]}, example])
     with pytest.raises(ValueError, match="audio of example 0: .* without a tokenizer"):
         AudioCodesCollator(model.config)([{"audio": clips[0]}])
-    with pytest.raises(ValueError, match="num_quantizers=21; accepted: 1 to 20"):
-        AudioCodesCollator(model, 21)
-    for options, message in (
-        ({"delays": [0, 1]}, r"delays=\[0, 1\] for 8 codebooks"),
-        ({"delays": [0.5] * 8}, r"delays=\[0.5, .* accepted: an integer"),
-        ({"num_quantizers": 8.0}, "num_quantizers=8.0; accepted: 1 to 20"),
-        ({"num_quantizers": True}, "num_quantizers=True; accepted: 1 to 20"),
-    ):
-        with pytest.raises(ValueError, match=message):
-            AudioCodesCollator(model, **options)
-    with pytest.raises(ValueError, match="tokenizer='tiny'; accepted: a model, as `load_model` gives it"):
-        AudioCodesCollator("tiny")
-    with pytest.raises(ValueError, match="a batch of no examples"):
+    with pytest.raises(ValueError, match="no examples; accepted: one or more"):
         collator([])
-
-
-def test_codes_of_long_clips_are_those_of_their_pieces(model, clips):
-    """As jobs store them: cut after 60 s, and beside a short clip."""
-    long = torch.cat([*clips] * 20)[: 61 * 24000]
-    batch = AudioCodesCollator(model, delays=[0] * 8)([{"audio": clips[0]}, {"audio": long}])
-    expected = encode_waveforms(model, [clips[0], long], 8)
-    for ids, codes in zip(batch["input_ids"], expected, strict=True):
-        assert torch.equal(ids[1 : 1 + len(codes)], codes)
 
 
 @pytest.fixture(autouse=True)
@@ -226,7 +280,7 @@ def test_the_examples_model_sees_nothing_of_later_steps(recipe):
     torch.manual_seed(0)
     sizes = {"hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
     config = recipe["LlamaConfig"](**sizes, vocab_size=1, bos_token_id=None, eos_token_id=None)
-    language_model = recipe["AudioLanguageModel"]([5, 4], config).eval()
+    model = recipe["AudioLanguageModel"]([5, 4], config).eval()
     ids = torch.randint(4, (1, 9, 2))
     ones = torch.ones(1, 9, dtype=torch.long)
 
@@ -234,7 +288,7 @@ def test_the_examples_model_sees_nothing_of_later_steps(recipe):
         """Of each codebook, of predicting one step."""
         labels = torch.full_like(ids, IGNORED)
         labels[:, step] = 1
-        return language_model(ids, ones, labels)[1]
+        return model(ids, ones, labels)[1]
 
     changed = ids.clone()
     changed[:, 5:] = (changed[:, 5:] + 1) % 4

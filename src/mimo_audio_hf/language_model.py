@@ -1,13 +1,16 @@
 # Copyright 2026 The mimo-audio-hf authors. Licensed under the Apache License, Version 2.0.
-"""Batches of codes for a language model: extracted on the fly or stored, each codebook delayed.
+"""Batches of codes for a language model: extracted on the fly or stored, and delayed.
 
-MiMo-Audio models the first 8 codebooks, codebook q delayed by q steps, so that a step's codes are known one after the
-other; within patches of 4 frames, for which there is [`delay_codes`]. [`AudioCodesCollator`] delays over the whole
-clip. Each codebook has an entry more than the tokenizer's, the empty one, for steps at which it has no code.
+Models of several codebooks delay codebook q by q steps, so that a step's codes are known one after the other. Each
+codebook has an entry more than the tokenizer's, the empty one, for steps at which it has no code. MiMo-Audio models
+the first 8 codebooks, and delays them within patches of 4 frames: its large model sees a patch at a time, and a small
+one writes each patch in 4 + 7 steps.
 """
 
 from __future__ import annotations
 
+import numbers
+import os
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -15,15 +18,18 @@ import numpy as np
 import torch
 from torch.nn.utils.rnn import pad_sequence
 
+from .checkpoints import load_model
 from .configuration_mimo_audio_tokenizer import MiMoAudioTokenizerConfig
 from .dataset import to_codes, to_waveform
 from .feature_extraction_mimo_audio_tokenizer import MiMoAudioTokenizerFeatureExtractor
 from .inference import (
+    MAX_BATCH_SECONDS,
     MAX_PIECE_FRAMES,
     check_codes_of,
     check_waveform,
     encode_packed,
     encode_waveforms,
+    group_by_seconds,
     model_device,
 )
 from .modeling_mimo_audio_tokenizer import MiMoAudioTokenizerModel
@@ -45,7 +51,7 @@ def delay_codes(codes: torch.Tensor, empty: Sequence[int], delays: Sequence[int]
         (..., frames + max(delays), Q): step t holds of codebook q the code of frame t - delays[q].
 
     Raises:
-        ValueError: a number of codebooks for which there are no such values, or negative delays.
+        ValueError: a number of codebooks for which there are no such values, or delays that are no integers from 0.
     """
     delays = _check_delays(codes, delays)
     if len(empty) != codes.shape[-1]:
@@ -75,41 +81,54 @@ def undelay_codes(delayed: torch.Tensor, delays: Sequence[int] | None = None) ->
 class AudioCodesCollator:
     """Makes examples with audio or stored codes into a language model's batch.
 
-    Audio is encoded on the fly, in one call, where the tokenizer is; codes stay there. They are those that
-    [`encode_waveforms`] gives: clips of more than 60 s are cut, and go through the host. With a tokenizer on a GPU
-    this belongs into the training process, not into a data loader's workers: let these read audio, with a collate
-    function that returns its examples as they are, and call this in the loop.
+    Audio is encoded on the fly, where the tokenizer is, to the codes that [`encode_waveforms`] gives. Clips of up to a
+    minute run several at once, in bounded memory, and nothing waits for the device; longer ones are cut into pieces of
+    a minute as everywhere, and waited for. With a tokenizer on a GPU this belongs into the training process, not into
+    a data loader's workers: let these read audio, with a collate function that returns its examples as they are, and
+    call this in the loop.
 
     Args:
-        tokenizer: the frozen model; or its configuration, where all codes are stored.
+        tokenizer: the frozen model; what [`load_model`] takes for one; or its configuration, where all codes are
+            stored.
         num_quantizers: how many codebooks to use, from the first.
         delays: as in [`delay_codes`].
+        patch_frames: how many frames make a patch, within which codebooks are delayed; MiMo-Audio has 4. None: there
+            are no patches, and codebooks are delayed over the whole clip.
         audio_column, codes_column: what examples are read from. One that has codes, (frames, num_quantizers or more),
             is not encoded. Audio is whatever [`tokenize_audio`] takes, or a waveform (samples,) at the model's rate.
 
     Raises:
-        ValueError: more codebooks than the model has, or other delays than that many.
+        ValueError: more codebooks than the model has, other delays than that many, a number that is no integer, or
+            something else than a tokenizer.
     """
 
     def __init__(
         self,
-        tokenizer: MiMoAudioTokenizerModel | MiMoAudioTokenizerConfig,
+        tokenizer: MiMoAudioTokenizerModel | MiMoAudioTokenizerConfig | str | os.PathLike[str],
         num_quantizers: int = 8,
         delays: Sequence[int] | None = None,
+        patch_frames: int | None = None,
         audio_column: str = "audio",
         codes_column: str = "audio_codes",
     ) -> None:
-        if not isinstance(tokenizer, (MiMoAudioTokenizerModel, MiMoAudioTokenizerConfig)):
-            raise ValueError(
-                f"tokenizer={tokenizer!r}; accepted: a model, as `load_model` gives it, or a configuration"
-            )
+        if isinstance(tokenizer, (str, os.PathLike)):
+            tokenizer = load_model(tokenizer).freeze()
         self.model = tokenizer if isinstance(tokenizer, MiMoAudioTokenizerModel) else None
-        self.config = tokenizer if isinstance(tokenizer, MiMoAudioTokenizerConfig) else tokenizer.config
-        self._extractor = MiMoAudioTokenizerFeatureExtractor.from_config(self.config)
-        if type(num_quantizers) is not int or not 1 <= num_quantizers <= self.config.num_quantizers:
-            raise ValueError(f"num_quantizers={num_quantizers!r}; accepted: 1 to {self.config.num_quantizers}")
-        self.num_quantizers = num_quantizers
-        self.empty = self.config.codebook_sizes[:num_quantizers]
+        config = tokenizer if self.model is None else self.model.config
+        if not isinstance(config, MiMoAudioTokenizerConfig):
+            raise ValueError(
+                f"tokenizer is a {type(tokenizer).__name__}; accepted: a MiMoAudioTokenizerModel, a name that "
+                "load_model takes, or a MiMoAudioTokenizerConfig"
+            )
+        self.config = config
+        self._extractor = MiMoAudioTokenizerFeatureExtractor.from_config(config)
+        if not _is_integer(num_quantizers) or not 1 <= num_quantizers <= config.num_quantizers:
+            raise ValueError(f"num_quantizers={num_quantizers!r}; accepted: an integer, 1 to {config.num_quantizers}")
+        if patch_frames is not None and (not _is_integer(patch_frames) or patch_frames < 1):
+            raise ValueError(f"patch_frames={patch_frames!r}; accepted: an integer, 1 or more, or None")
+        self.num_quantizers = int(num_quantizers)
+        self.patch_frames = patch_frames
+        self.empty = config.codebook_sizes[: self.num_quantizers]
         self.delays = _check_delays(torch.empty(0, num_quantizers), delays)
         self.audio_column = audio_column
         self.codes_column = codes_column
@@ -127,25 +146,36 @@ class AudioCodesCollator:
             entries after a clip's end; `attention_mask` (B, T); `labels`, `input_ids` with -100 for what is empty,
             not shifted, as transformers' models take them. T is 1 + frames + max(delays) of the longest clip.
 
+            With `patch_frames` T counts patches, 1 + ceil(frames / patch_frames) of the longest clip, and `input_ids`
+            and `labels` are (B, T, patch_frames + max(delays), num_quantizers): [`undelay_codes`] gives the patches
+            themselves. The last one of a clip is filled with empty entries.
+
         Raises:
-            ValueError: no examples; one (named by its place) without audio and codes, or with bad ones.
+            ValueError: no examples; an example (named by its place) without audio and codes, or with bad ones.
         """
         if not examples:
-            raise ValueError("a batch of no examples; accepted: one or more")
-        codes = self._codes(examples)
-        delayed = [delay_codes(clip, self.empty, self.delays) for clip in codes]
-        begin = delayed[0].new_tensor([self.empty])
-        delayed = [torch.cat([begin, clip]) for clip in delayed]
-        lengths = torch.tensor([len(clip) for clip in delayed], device=begin.device)
+            raise ValueError("no examples; accepted: one or more")
+        delayed = [self._delayed(clip) for clip in self._codes(examples)]
+        lengths = torch.tensor([len(clip) for clip in delayed], device=delayed[0].device)
         # Padded with -1, which is no code.
         ids = pad_sequence(delayed, batch_first=True, padding_value=-1)
-        input_ids = torch.where(ids < 0, begin, ids)
-        steps = torch.arange(ids.shape[1], device=begin.device)
+        empty = ids.new_tensor(self.empty)
+        input_ids = torch.where(ids < 0, empty, ids)
+        places = torch.arange(ids.shape[1], device=ids.device)
         return {
             "input_ids": input_ids,
-            "attention_mask": (steps < lengths[:, None]).long(),
-            "labels": input_ids.masked_fill(input_ids == begin, IGNORED),
+            "attention_mask": (places < lengths[:, None]).long(),
+            "labels": input_ids.masked_fill(input_ids == empty, IGNORED),
         }
+
+    def _delayed(self, codes: torch.Tensor) -> torch.Tensor:
+        """A clip's codes (frames, num_quantizers) as steps or as patches of steps, the first one empty."""
+        empty = codes.new_tensor([self.empty])
+        if self.patch_frames is not None:
+            missing = -len(codes) % self.patch_frames
+            codes = torch.cat([codes, empty.expand(missing, -1)]).unflatten(0, (-1, self.patch_frames))
+        delayed = delay_codes(codes, self.empty, self.delays)
+        return torch.cat([empty.expand_as(delayed[:1]), delayed])
 
     def _codes(self, examples: Sequence[Mapping[str, Any]]) -> list[torch.Tensor]:
         """Each example's codes (frames, num_quantizers), int64, where the tokenizer is."""
@@ -165,28 +195,28 @@ class AudioCodesCollator:
             waveforms[index] = self._waveform(
                 example.get(self.audio_column), f"{self.audio_column} of example {index}"
             )
-        codes |= self._encode(waveforms, device)
+        codes |= self._encoded(waveforms, device)
         return [codes[index] for index in range(len(examples))]
 
-    def _encode(self, waveforms: dict[int, torch.Tensor], device: torch.device) -> dict[int, torch.Tensor]:
-        if not waveforms:
-            return {}
-        assert self.model is not None
-        frames = {index: self._extractor.num_frames(len(waveform)) for index, waveform in waveforms.items()}
-        long = [index for index in waveforms if frames[index] > MAX_PIECE_FRAMES]
-        short = [index for index in waveforms if frames[index] <= MAX_PIECE_FRAMES]
+    @torch.no_grad()
+    def _encoded(self, waveforms: dict[int, torch.Tensor], device: torch.device) -> dict[int, torch.Tensor]:
         codes: dict[int, torch.Tensor] = {}
-        if long:
-            cut = encode_waveforms(self.model, [waveforms[index] for index in long], self.num_quantizers)
-            codes |= zip(long, (clip.to(device) for clip in cut), strict=True)
-        if short:
-            lengths = self.model.encoder.code_lengths([frames[index] for index in short])
-            with torch.no_grad():
-                samples = torch.cat([waveforms[index] for index in short]).to(device, non_blocking=True)
-                sizes = [len(waveforms[index]) for index in short]
-                packed = encode_packed(self.model, samples, sizes, self.num_quantizers)
-            codes |= zip(short, packed.split(lengths), strict=True)
-        return codes
+        if self.model is None:
+            return codes
+        frames = {index: self._extractor.num_frames(len(waveform)) for index, waveform in waveforms.items()}
+        short = [index for index in waveforms if frames[index] <= MAX_PIECE_FRAMES]
+        for group in group_by_seconds(
+            short, lambda index: len(waveforms[index]) / self.config.sampling_rate, MAX_BATCH_SECONDS
+        ):
+            samples = torch.cat([waveforms[index] for index in group]).to(device, non_blocking=True)
+            packed = encode_packed(
+                self.model, samples, [len(waveforms[index]) for index in group], self.num_quantizers
+            )
+            lengths = self.model.encoder.code_lengths([frames[index] for index in group])
+            codes |= zip(group, packed.split(lengths), strict=True)
+        long = [index for index in waveforms if frames[index] > MAX_PIECE_FRAMES]
+        found = encode_waveforms(self.model, [waveforms[index] for index in long], self.num_quantizers)
+        return codes | {index: each.to(device) for index, each in zip(long, found, strict=True)}
 
     def _waveform(self, audio: Any, name: str) -> torch.Tensor:
         if self.model is None or audio is None:
@@ -203,9 +233,13 @@ class AudioCodesCollator:
 def _check_delays(codes: torch.Tensor, delays: Sequence[int] | None) -> list[int]:
     books = codes.shape[-1]
     delays = [*range(books)] if delays is None else [*delays]
-    if len(delays) != books or not all(type(delay) is int and delay >= 0 for delay in delays):
+    if len(delays) != books or not all(_is_integer(delay) and delay >= 0 for delay in delays):
         raise ValueError(f"delays={delays} for {books} codebooks; accepted: an integer from 0 for each")
-    return delays
+    return [int(delay) for delay in delays]
+
+
+def _is_integer(value: Any) -> bool:
+    return isinstance(value, numbers.Integral) and not isinstance(value, bool)
 
 
 __all__ = ["AudioCodesCollator", "delay_codes", "undelay_codes"]
