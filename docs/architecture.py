@@ -37,7 +37,7 @@ BOXES: dict[str, tuple[str, ...]] = {
     ),
     "Code files": ("codes",),
     "Pictures": ("pictures",),
-    "Inference": ("inference", "caching", "streaming"),
+    "Inference": ("inference", "caching", "streaming."),
     "Checkpoints": ("checkpoints",),
     "Hub": ("hub",),
     "Datasets": ("dataset",),

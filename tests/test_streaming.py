@@ -23,18 +23,12 @@ from mimo_audio_hf import (
     load_audio,
     load_model,
     optimize_for_inference,
-    streaming,
 )
 from mimo_audio_hf.checkpoints import PRESETS
 from mimo_audio_hf.graphs import GraphRunner
 from mimo_audio_hf.modeling_mimo_audio_tokenizer import PackedGroupNorm
-from mimo_audio_hf.streaming import (
-    LOW_LATENCY,
-    StreamingDecoder,
-    StreamingDecoderPool,
-    StreamingEncoder,
-    _CausalEncoding,
-)
+from mimo_audio_hf.streaming import LOW_LATENCY, StreamingDecoder, StreamingDecoderPool, StreamingEncoder
+from mimo_audio_hf.streaming import encoder as encoding
 
 
 # Ways to stream of which the audio does not depend on how codes are cut into pushes, with contexts that matter.
@@ -600,8 +594,8 @@ def test_the_first_mel_frames_wait_for_what_they_mirror(causal, first):
 def test_much_audio_at_once_runs_in_parts(causal, monkeypatch):
     waveform = noise(150_000)
     (expected,) = encode_waveforms(causal, [waveform])
-    monkeypatch.setattr(streaming, "_MAX_ENCODER_FRAMES", 7)
-    monkeypatch.setattr(streaming, "_MAX_SECONDS", 1)
+    monkeypatch.setattr(encoding, "_MAX_ENCODER_FRAMES", 7)
+    monkeypatch.setattr(encoding, "_MAX_SECONDS", 1)
     assert torch.equal(StreamingEncoder(causal).push(waveform, last=True), expected)
 
 
@@ -621,13 +615,13 @@ def test_windows_are_as_long_as_their_contexts(base):
 @pytest.mark.parametrize("size", [1, 7, 1000])
 def test_a_causal_encoder_gives_the_golden_codes(causal, size):
     for clip in expected_clips("causal_hybrid_encoder"):
-        encoding = _CausalEncoding(causal, torch.device("cpu"), causal.config.num_quantizers, None)
+        causal_encoding = encoding._CausalEncoding(causal, torch.device("cpu"), causal.config.num_quantizers, None)
         pieces = clip["mel"].t().split(size)
         with torch.inference_mode():
             codes = [
                 found
                 for number, piece in enumerate(pieces, start=1)
-                for found in encoding.push(piece, number == len(pieces))
+                for found in causal_encoding.push(piece, number == len(pieces))
             ]
         assert torch.equal(torch.cat(codes), clip["codes"].long())
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 import itertools
 import logging
 import math
+import operator
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar, cast
@@ -389,6 +390,21 @@ def group_by_seconds(
         total += seconds(item)
     if group:
         yield group
+
+
+def check_count(name: str, value: Any, least: int, why: str = "") -> int:
+    """An option that counts, as an int.
+
+    Raises:
+        ValueError: it is no integer, or less than `least`; `why` says what decides that.
+    """
+    try:
+        count = operator.index(value)
+    except TypeError:
+        count = least - 1
+    if isinstance(value, bool) or count < least:
+        raise ValueError(f"{name}={value!r}; accepted: {least}{f' ({why})' if why else ''} or more, an integer")
+    return count
 
 
 def check_waveform(waveform: Any, name: str = "waveform") -> torch.Tensor:
