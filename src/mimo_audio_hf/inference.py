@@ -153,6 +153,28 @@ def encode_packed(
     return MiMoAudioTokenizerModel.encode(model, mels, num_quantizers=books, layout=layout).audio_codes
 
 
+def encode_packed_features(
+    model: MiMoAudioTokenizerModel, input_features: torch.Tensor, lengths: Sequence[int], num_quantizers: int
+) -> torch.Tensor:
+    """Encode log-mel spectrograms end to end, in one call.
+
+    Args:
+        model: the tokenizer.
+        input_features: (total_frames, n_mels) float32 where the model is, finite.
+        lengths: of the clips, in mel frames; from 1.
+        num_quantizers: how many codebooks to use, from the first.
+
+    Returns:
+        (total_codes, num_quantizers) int64.
+    """
+    if model.graphs is not None and model.graphs.takes(lengths):
+        return model.graphs.encode(input_features, lengths, num_quantizers)
+    layout = model.encoder_layout(lengths, input_features.device)
+    # This class's own: that of `compat` has other arguments.
+    output = MiMoAudioTokenizerModel.encode(model, input_features, num_quantizers=num_quantizers, layout=layout)
+    return output.audio_codes
+
+
 def decode_packed(model: MiMoAudioTokenizerModel, codes: torch.Tensor, lengths: Sequence[int]) -> torch.Tensor:
     """Decode clips end to end, in one call, without waiting for the device.
 
@@ -347,16 +369,15 @@ def check_codes_of(codebook_sizes: Sequence[int], codes: Any, name: str = "codes
     codes = as_tensor(name, codes)
     accepted = len(codebook_sizes)
     if codes.ndim != 2 or not len(codes) or not 1 <= codes.shape[1] <= accepted:
-        shape = tuple(codes.shape)
-        raise ValueError(f"{name} has shape {shape}; accepted: (frames, 1 to {accepted} codebooks), not empty")
+        also = ", not empty" if codes.ndim == 2 and not len(codes) else ""
+        raise ValueError(f"{name} has shape {tuple(codes.shape)}; accepted: (frames, 1 to {accepted} codebooks){also}")
     if codes.is_floating_point() or codes.is_complex() or codes.dtype == torch.bool:
         raise ValueError(f"{name} is {codes.dtype}; accepted: integers")
-    codes = codes.long()
     try:
         check_code_range(codes, codebook_sizes)
     except ValueError as error:
         raise ValueError(f"{name}: {error}") from error
-    return codes
+    return codes.long()
 
 
 def convert_each(

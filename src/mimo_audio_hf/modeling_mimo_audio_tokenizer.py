@@ -1647,7 +1647,8 @@ def check_code_range(audio_codes: torch.Tensor, codebook_sizes: Sequence[int]) -
     outside = _out_of_range(audio_codes.long(), codebook_sizes)
     if outside.any():
         frame, book = outside.nonzero()[0].tolist()
-        raise _range_error("audio_codes", int(audio_codes[frame, book]), book, codebook_sizes)
+        code = int(audio_codes[frame, book].cpu().numpy())  # torch's own int() has no room for uint64
+        raise _range_error("audio_codes", code, book, codebook_sizes)
 
 
 def _out_of_range(audio_codes: torch.Tensor, codebook_sizes: Sequence[int]) -> torch.Tensor:

@@ -20,7 +20,7 @@ import torch
 
 from .caching import KeyValueCache, RunningGroupNorm, StreamRows
 from .feature_extraction_mimo_audio_tokenizer import MiMoAudioTokenizerFeatureExtractor
-from .inference import check_codes, check_waveform, crossfade, decode_packed, model_device
+from .inference import check_codes, check_waveform, crossfade, decode_packed, encode_packed_features, model_device
 from .modeling_mimo_audio_tokenizer import (
     MiMoAudioTokenizerDecoder,
     MiMoAudioTokenizerLayer,
@@ -57,7 +57,7 @@ class _Stream:
     row: int  # in the caches
     num_quantizers: int | None = None
     pending: list[torch.Tensor] = field(default_factory=list)  # codes that wait for their chunk to be full
-    buffer: torch.Tensor | None = None  # upstream's: codes that the decoder still sees
+    buffer: torch.Tensor | None = None  # upstream's: codes that the decoder ran on last
     received: int = 0  # frames that the decoder has run on
     emitted: int = 0
     fading: torch.Tensor | None = None  # samples after the emitted ones, to go over from
@@ -125,7 +125,6 @@ class StreamingDecoderPool:
         self.chunk_frames = chunk_frames
         self.crossfade_samples = crossfade_samples
         self.cached = cached
-        self._device = model_device(model, model.decoder)
         self._samples_per_frame = model.config.samples_per_frame
         self._streams: dict[int, _Stream] = {}
         self._free = [*range(capacity)]
@@ -133,7 +132,8 @@ class StreamingDecoderPool:
         self._cache: _DecoderCache | None = None
         if cached:
             contexts = (left_context, right_context, chunk_frames or 1, vocoder_context)
-            self._cache = _DecoderCache(model, model.decoder, self._device, capacity, *contexts)
+            device = model_device(model, model.decoder)
+            self._cache = _DecoderCache(model, model.decoder, device, capacity, *contexts)
 
     @classmethod
     def low_latency(cls, model: MiMoAudioTokenizerModel, **changes: Any) -> StreamingDecoderPool:
@@ -158,9 +158,9 @@ class StreamingDecoderPool:
             self.model.check_num_quantizers(num_quantizers)
         if not self._free:
             rows = len(self._streams)
-            self._free = [*range(rows, 2 * rows)]
             if self._cache is not None:
                 self._cache.add_rows(rows)
+            self._free = [*range(rows, 2 * rows)]
         stream, self._opened = self._opened, self._opened + 1
         # The lowest row: rows from the first one on need not be gathered.
         self._streams[stream] = _Stream(heapq.heappop(self._free), num_quantizers)
@@ -182,7 +182,9 @@ class StreamingDecoderPool:
 
         Args:
             codes: for each stream its next frames (frames, codebooks), integers; none are allowed.
-            last: which of these streams end with them and are given out to their end, as by `flush` after it.
+            last: which of these streams end with them and are given out to their end. With `chunk_frames` that is the
+                audio that `flush` after it gives, without a run for it; only a cached stream that ends with a full
+                chunk takes one more. Without, `flush` is an empty chunk, and the audio's last frames see less.
 
         Returns:
             For each stream in `codes` its next samples (samples,), float32 on the CPU, which may be none.
@@ -286,7 +288,9 @@ class StreamingDecoderPool:
         for stream in streams:
             codes = torch.cat([torch.empty(0, stream.num_quantizers or 1, dtype=torch.long), *stream.pending])
             size = self._chunk_of(stream) or len(codes)
-            chunks.append(_Chunk(codes[:size], stream.ended and len(codes) < size + (self.chunk_frames is None)))
+            # A cache has the end of a full chunk's audio from a run of its own, whether or not it is known by now that
+            # nothing follows: the statistics would be others.
+            chunks.append(_Chunk(codes[:size], stream.ended and len(codes) < size + (not self.cached)))
             rests.append(codes[size:])
         decoded = (self._decode_again if self._cache is None else self._cache.decode)(streams, chunks)
         wanted = []
@@ -303,11 +307,15 @@ class StreamingDecoderPool:
 
     def _decode_again(self, streams: list[_Stream], chunks: list[_Chunk]) -> list[torch.Tensor]:
         """Upstream's way: the decoder runs on everything that it sees. The samples of that, for each stream."""
-        buffers = [
-            chunk.codes if stream.buffer is None else torch.cat([stream.buffer, chunk.codes])
-            for stream, chunk in zip(streams, chunks, strict=True)
-        ]
-        decoded = [torch.empty(0, device=self._device)] * len(streams)
+        buffers = []
+        for stream, chunk in zip(streams, chunks, strict=True):
+            seen = chunk.codes[:0] if stream.buffer is None else stream.buffer
+            # Where nothing follows on a full chunk, what it saw is seen again, for the rest of its audio.
+            if len(chunk.codes) or self.chunk_frames is None:
+                seen = torch.cat([seen[max(0, len(seen) - self.left_context) :], chunk.codes])
+            buffers.append(seen)
+        device = model_device(self.model, self.model.decoder)
+        decoded = [torch.empty(0, device=device)] * len(streams)
         # Those that cannot give anything yet need not run.
         running = [
             index
@@ -316,13 +324,13 @@ class StreamingDecoderPool:
         ]
         for indices in _groups(running, lambda index: buffers[index].shape[1]):
             lengths = [len(buffers[index]) for index in indices]
-            packed = torch.cat([buffers[index] for index in indices]).to(self._device)
+            packed = torch.cat([buffers[index] for index in indices]).to(device)
             sizes = [length * self._samples_per_frame for length in lengths]
             clips = decode_packed(self.model, packed, lengths).split(sizes)
             for index, clip in zip(indices, clips, strict=True):
                 decoded[index] = clip
         for stream, buffer in zip(streams, buffers, strict=True):
-            stream.buffer = buffer[max(0, len(buffer) - self.left_context) :]
+            stream.buffer = buffer
         return decoded
 
     def _stop(self, stream: _Stream, is_last: bool) -> int:
@@ -511,13 +519,13 @@ class _DecoderCache:
             self.tails[row] = self.mels[row] = 0
 
     def add_rows(self, rows: int) -> None:
+        self._forget_programs()  # which write to what is replaced
         with torch.inference_mode():
             for part in (self.layers, self.norm1, self.norm2):
                 part.add_rows(rows)
             self.tails, self.mels = (
                 torch.cat([each, each.new_zeros(rows, *each.shape[1:])]) for each in (self.tails, self.mels)
             )
-        self._forget_programs()  # which write to what was replaced
 
     def _forget_programs(self) -> None:
         self._programs.clear()
@@ -545,12 +553,13 @@ class _DecoderCache:
         """
         stream_rows = self.layers.rows(rows)
         graphs = self.model.graphs
+        recording = None if graphs is None else graphs.recording
+        if self._recording is not recording:
+            self._forget_programs()
+            self._recording = recording
         if graphs is None or not graphs.takes([]) or is_last or not self.layers.is_bounded:
             return self._step(codes.to(self.device), stream_rows, is_last)
         graphs.check_weights()
-        if self._recording != graphs.recording:
-            self._forget_programs()
-            self._recording = graphs.recording
         self.touched = True
         # Some of the streams twice over, which then do the same twice.
         missing = (1 << (len(rows) - 1).bit_length()) - len(rows)
@@ -660,8 +669,11 @@ class StreamingEncoder:
     """The encoder of one stream of audio, as it is recorded.
 
     An encoder whose layers never look ahead (those of MiMo-V2) runs on new frames only and gives the codes of the
-    whole recording, each 20 ms after the end of its 40 ms. An encoder whose layers look ahead (the released one) runs
-    again and again over windows that overlap, and gives nearly those codes; docs/streaming.md has the agreement.
+    whole recording, each 20 ms after the end of its 40 ms: all of them in float32, nearly all in half precision, where
+    sums are rounded in another order. (Past 60 s they are not those of [`encode_waveforms`], which cuts recordings
+    into pieces of 60 s. A stream that is to give those ends at each border, and is reset.) An encoder whose layers
+    look ahead (the released one) runs again and again over windows that overlap, and gives nearly those codes;
+    docs/streaming.md has the agreement.
 
     Args:
         model: the tokenizer; runs where it is, without gradients.
@@ -689,16 +701,14 @@ class StreamingEncoder:
         chunk_frames: int | None = None,
     ) -> None:
         self._extractor = MiMoAudioTokenizerFeatureExtractor.from_config(model.config)
-        self._device = model_device(model, model.encoder)
         self._model = model
         self._num_quantizers = model.check_num_quantizers(num_quantizers)
-        for name, value, least in (
-            ("left_context", left_context, 1),
-            ("right_context", right_context, 0),
-            ("chunk_frames", chunk_frames, 1),
-        ):
-            if value is not None:
-                _check_count(name, value, least)
+        if left_context is not None:
+            left_context = _check_count("left_context", left_context, 1)
+        if right_context is not None:
+            right_context = _check_count("right_context", right_context, 0)
+        if chunk_frames is not None:
+            chunk_frames = _check_count("chunk_frames", chunk_frames, 1)
         self.looks_ahead = self.looks_ahead_in(model)
         if self.looks_ahead:
             left_context = 250 if left_context is None else left_context
@@ -722,6 +732,8 @@ class StreamingEncoder:
     def reset(self) -> None:
         """Begins anew, whether the stream has ended or not."""
         self._ended = self._broken = False
+        self._device = model_device(self._model, self._model.encoder)
+        self._dtype = self._model.encoder.conv1.weight.dtype
         self._mel = _StreamingMel(self._extractor, self._device)
         self._encoding: _CausalEncoding | _WindowedEncoding
         if self.looks_ahead:
@@ -751,13 +763,21 @@ class StreamingEncoder:
 
         Raises:
             ValueError: samples that are not mono, not floating point, NaN or infinite; the stream is as it was.
-            RuntimeError: the stream has ended, or was broken off: an error in the model's calls (out of memory, say)
-                leaves a stream that looks ahead as it was, but others not.
+            RuntimeError: the stream has ended; the model was moved since the stream began, or cast where layers do not
+                look ahead; the stream was broken off: an error in the model's calls (out of memory, say) leaves one
+                that looks ahead as it was, but others not.
         """
         if self._broken:
             raise RuntimeError("the stream was broken off by an error in a call; accepted: samples after a reset")
         if self._ended:
             raise RuntimeError("the stream has ended; accepted: samples after a reset")
+        weight = self._model.encoder.conv1.weight
+        made_for = (weight.dtype if self.looks_ahead else self._dtype, self._device)
+        if not weight.is_meta and (weight.dtype, weight.device) != made_for:
+            raise RuntimeError(
+                f"the model was moved or cast to {weight.dtype} on {weight.device} after the stream began with "
+                f"{self._dtype} on {self._device}; accepted: samples after a reset"
+            )
         if tuple(getattr(samples, "shape", ())) != (0,):
             samples = check_waveform(samples, "samples").float()
         else:
@@ -919,12 +939,9 @@ class _WindowedEncoding:
                 stop = total
             held = self.received - len(self.mel)
             window = self.mel[: end - held]
-            layout = self.model.encoder_layout([len(window)], window.device)
-            output = MiMoAudioTokenizerModel.encode(
-                self.model, window, num_quantizers=self.num_quantizers, layout=layout
-            )
+            codes = encode_packed_features(self.model, window, [len(window)], self.num_quantizers)
             first = held // self.mels_per_code
-            yield output.audio_codes[self.codes - first : stop - first]
+            yield codes[self.codes - first : stop - first]
             self.codes = stop
             kept = max(0, stop - self.left_context) * self.mels_per_code
             self.mel = self.mel[min(kept - held, len(self.mel)) :].clone()
