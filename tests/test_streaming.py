@@ -24,18 +24,13 @@ from mimo_audio_hf import (
     load_audio,
     load_model,
     optimize_for_inference,
-    streaming,
+    streaming_encoder,
 )
 from mimo_audio_hf.checkpoints import PRESETS
 from mimo_audio_hf.graphs import GraphRunner
 from mimo_audio_hf.modeling_mimo_audio_tokenizer import PackedGroupNorm
-from mimo_audio_hf.streaming import (
-    LOW_LATENCY,
-    StreamingDecoder,
-    StreamingDecoderPool,
-    StreamingEncoder,
-    _CausalEncoding,
-)
+from mimo_audio_hf.streaming import LOW_LATENCY, StreamingDecoder, StreamingDecoderPool, StreamingEncoder
+from mimo_audio_hf.streaming_encoder import _CausalEncoding, _StreamingMel
 
 
 # Ways to stream of which the audio does not depend on how codes are cut into pushes, with contexts that matter.
@@ -428,7 +423,9 @@ def test_a_streams_memory_does_not_grow(base, way):
         stream = pool._streams[name]
         tensors = [*stream.pending, stream.buffer, stream.fading]
         if pool._cache is not None:
-            tensors += [*pool._cache.tensors()]
+            cache = pool._cache
+            tensors += [*cache.layers.tensors(), cache.tails, cache.mels]
+            tensors += [each for norm in (cache.norm1, cache.norm2) for each in (norm.mean, norm.variance)]
         return sum(tensor.untyped_storage().nbytes() for tensor in tensors if tensor is not None)
 
     sizes = []
@@ -755,7 +752,7 @@ def test_mel_frames_are_those_of_all_samples(causal):
     extractor = MiMoAudioTokenizerFeatureExtractor.from_config(causal.config)
     waveform = noise(3000)
     expected = extractor.log_mel_spectrogram(waveform).t()
-    mel = streaming._StreamingMel(extractor, torch.device("cpu"))
+    mel = _StreamingMel(extractor, torch.device("cpu"))
     pieces = [mel.push(sample, number == 3000) for number, sample in enumerate(waveform.split(1), start=1)]
     counts = torch.tensor([*map(len, pieces)]).cumsum(0).tolist()
     assert counts[:-1] == [0 if number <= 480 else (number - 480) // 240 + 1 for number in range(1, 3000)]
@@ -766,8 +763,8 @@ def test_mel_frames_are_those_of_all_samples(causal):
 def test_much_audio_at_once_runs_in_parts(causal, monkeypatch):
     waveform = noise(150_000)
     (expected,) = encode_waveforms(causal, [waveform])
-    monkeypatch.setattr(streaming, "_MAX_ENCODER_FRAMES", 7)
-    monkeypatch.setattr(streaming, "_MAX_SECONDS", 1)
+    monkeypatch.setattr(streaming_encoder, "_MAX_ENCODER_FRAMES", 7)
+    monkeypatch.setattr(streaming_encoder, "_MAX_SECONDS", 1)
     assert torch.equal(StreamingEncoder(causal).push(waveform, last=True), expected)
 
 

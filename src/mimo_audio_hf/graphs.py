@@ -360,8 +360,8 @@ class GraphRunner:
                 inputs, torch.cat([lengths, nothing]), mel.lengths.long(), shape.total
             )
         broken = lengths.new_zeros(clips + 1).index_add_(0, mel.sequence_ids, (~inputs.isfinite().all(-1)).long())
-        backend = self._model._attention_backend(inputs.device)
-        dtype = self._model._weight_dtype
+        backend = self._model.attention_backend(inputs.device)
+        dtype = self._model.weight_dtype
         features = encoder(inputs.to(dtype), encoder.layout_of(mel, frames, codes), backend)
         return encoder.quantizer.encode(features, shape.num_quantizers, dtype), broken
 
@@ -380,9 +380,9 @@ class GraphRunner:
         for number, (each, total, most) in enumerate(levels):
             total += beyond if number == 2 else 0
             sequences.append(_fill(torch.where(lengths > 0, each, 0), total, min(total, most + beyond)))
-        dtype = self._model._weight_dtype
+        dtype = self._model.weight_dtype
         features = self._model.encoder.quantizer.decode(inputs, dtype).to(dtype)
-        backend = self._model._attention_backend(device)
+        backend = self._model.attention_backend(device)
         samples = decoder(features, decoder.layout_of(*sequences), backend).flatten()
         return samples, None
 

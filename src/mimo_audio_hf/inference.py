@@ -10,6 +10,7 @@ from __future__ import annotations
 import itertools
 import logging
 import math
+import operator
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar, cast
@@ -352,6 +353,21 @@ def crossfade(before: torch.Tensor, after: torch.Tensor) -> torch.Tensor:
     """What goes over from `before` (samples,) to the beginning of `after`, which may go on longer."""
     weight = torch.arange(1, len(before) + 1, device=before.device) / (len(before) + 1)
     return torch.lerp(before, after[: len(before)], weight)
+
+
+def check_count(name: str, value: Any, least: int, why: str = "") -> int:
+    """An option that is a whole number, of NumPy's kinds as well; `why` it has to be at `least` so large.
+
+    Raises:
+        ValueError: it is not an integer, or less; the message begins with `name`.
+    """
+    try:
+        count = operator.index(value)
+    except TypeError:
+        count = least - 1
+    if isinstance(value, bool) or count < least:
+        raise ValueError(f"{name}={value!r}; accepted: {least}{f' ({why})' if why else ''} or more, an integer")
+    return count
 
 
 def check_codes(model: MiMoAudioTokenizerModel, codes: Any, name: str = "codes") -> torch.Tensor:
