@@ -142,7 +142,7 @@ def test_rotary_attention(heads, head_dim, window, apart):
     states = draw(sequences.total, 3 * dim).split(dim, dim=1)
     if not apart:
         states = [tensor.contiguous() for tensor in states]
-    embeddings = modeling._rotary_embedding(sequences.position_ids, head_dim, 10000.0, DTYPE, DTYPE)
+    embeddings = modeling.rotary_embedding(sequences.position_ids, head_dim, 10000.0, DTYPE, DTYPE)
     with torch.no_grad():
         query, key, value = (tensor.unflatten(1, (heads, head_dim)).double() for tensor in states)
         places = sequences.cu_seqlens, sequences.max_seqlen
@@ -170,7 +170,7 @@ def test_banded_rotary_attention(heads, head_dim, window, apart):
     states = draw(sequences.total, 3 * dim).split(dim, dim=1)
     if not apart:
         states = [tensor.contiguous() for tensor in states]
-    embeddings = modeling._rotary_embedding(sequences.position_ids, head_dim, 10000.0, DTYPE, DTYPE)
+    embeddings = modeling.rotary_embedding(sequences.position_ids, head_dim, 10000.0, DTYPE, DTYPE)
     assert attention_kernels.takes_band(window, head_dim)
     output = attention_kernels.banded_rotary_attention(*states, embeddings, sequences, heads, 0.1, window)
     query, key, value = (tensor.unflatten(1, (heads, head_dim)).double() for tensor in states)

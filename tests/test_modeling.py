@@ -21,9 +21,9 @@ from mimo_audio_hf import modeling_mimo_audio_tokenizer as modeling
 from mimo_audio_hf.modeling_mimo_audio_tokenizer import (
     BAND_BLOCK,
     PackedSequences,
-    _rotary_embedding,
     banded_mask,
     padded_mask,
+    rotary_embedding,
 )
 
 
@@ -175,9 +175,9 @@ def test_bfloat16_rounds_codebooks_and_rope_frequencies_and_not_the_window():
     position = torch.tensor([1499])
     rounded = (1 / 10000 ** (torch.arange(0, 64, 2).float() / 64)).bfloat16().float()
     expected = (1499 * rounded).cos()
-    cos, _ = _rotary_embedding(position, 64, 10000, torch.bfloat16, torch.float32)
+    cos, _ = rotary_embedding(position, 64, 10000, torch.bfloat16, torch.float32)
     assert torch.equal(cos[0, 0], expected)
-    exact_cos, _ = _rotary_embedding(position, 64, 10000, torch.float32, torch.float32)
+    exact_cos, _ = rotary_embedding(position, 64, 10000, torch.float32, torch.float32)
     assert (exact_cos - cos).abs().max() > 0.1
 
     # A constant spectrum through a bfloat16 head gives what the float32 window gives.
@@ -250,7 +250,7 @@ def test_flash_attention_gets_the_windows(monkeypatch, inputs):
 
     monkeypatch.setattr(modeling, "flash_attn_varlen_func", flash_attn_varlen_func, raising=False)
     backend = modeling.ATTENTION_BACKENDS["flash_attention_2"]
-    monkeypatch.setattr(MiMoAudioTokenizerModel, "_attention_backend", lambda self, device: backend)
+    monkeypatch.setattr(MiMoAudioTokenizerModel, "attention_backend", lambda self, device: backend)
     for name in CHECKPOINTS:
         clips = expected_clips(name)
         model = load_golden(name)

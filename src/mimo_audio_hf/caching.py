@@ -20,8 +20,8 @@ from .modeling_mimo_audio_tokenizer import (
     PackedGroupNorm,
     PackedSequences,
     Window,
-    _rotary_embedding,
     apply_rotary,
+    rotary_embedding,
 )
 
 
@@ -227,7 +227,7 @@ class KeyValueCache:
         weight: Any = self.stack.layer_norm.weight
         for keys in self._keys:
             position = torch.tensor([-frames], device=keys.device)
-            cos, sin = _rotary_embedding(
+            cos, sin = rotary_embedding(
                 position, self.stack.head_dim, self.stack.config.rope_theta, weight.dtype, torch.float32
             )
             turned, _ = apply_rotary(keys[row].float(), keys[row].float(), cos, sin)

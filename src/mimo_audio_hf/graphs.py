@@ -88,6 +88,13 @@ def record_graph(
     return first, replay
 
 
+@dataclass(eq=False)
+class _Recorded:
+    """A graph that others hold, until it is given back."""
+
+    replay: Callable[[], torch.Tensor] | None
+
+
 class GraphRunner:
     """Runs `encode` and `decode` of a model by CUDA graphs, each recorded when its size comes the second time.
 
@@ -115,7 +122,9 @@ class GraphRunner:
         self._lock = threading.Lock()
         self._max_frames = int(MAX_GRAPH_SECONDS * model.config.sampling_rate / model.config.hop_length)
         self.recorded = 0  # graphs, so far
-        self.recording: object = object()  # another one once graphs are given back, also those of `record`
+        # Another one once graphs are given back, also those of `record`.
+        self.recording: object = object()
+        self._recorded: weakref.WeakSet[_Recorded] = weakref.WeakSet()
 
     def __deepcopy__(self, memo: object) -> None:
         """Copies of the model have weights of their own, and no graphs."""
@@ -141,6 +150,9 @@ class GraphRunner:
             self._seen.clear()
             self._inputs.clear()
             self.recording = object()
+            for each in self._recorded:
+                each.replay = None
+            self._recorded.clear()
 
     def encode_waveforms(self, samples: torch.Tensor, lengths: Sequence[int], num_quantizers: int) -> torch.Tensor:
         """Samples (total_samples,), clips end to end, and their lengths to codes (total_codes, num_quantizers)."""
@@ -199,18 +211,27 @@ class GraphRunner:
         return model
 
     def record(self, body: Callable[[], torch.Tensor]) -> tuple[torch.Tensor, Callable[[], torch.Tensor]]:
-        """[`record_graph`] in this runner's memory, or without recording where it does not; results are one's own."""
+        """[`record_graph`] in this runner's memory, or without recording where it does not; results are one's own.
+
+        What runs it again does so until this runner's graphs are given back (`recording` is another one then).
+        """
         if self._stream is None:
-            return body(), body
-        with self._lock:
-            first, replay = record_graph(body, self._device, self._pool, self._stream)
+            first, recorded = body(), _Recorded(body)
+        else:
+            with self._lock:
+                first, replay = record_graph(body, self._device, self._pool, self._stream)
+            recorded = _Recorded(replay)
+        self._recorded.add(recorded)
 
         def run_again() -> torch.Tensor:
-            assert self._done is not None
-            stream = torch.cuda.current_stream(self._device)
             with self._lock:
+                if recorded.replay is None:
+                    raise RuntimeError("the graph was given back; accepted: to record it again")
+                if self._done is None:
+                    return recorded.replay()
+                stream = torch.cuda.current_stream(self._device)
                 stream.wait_event(self._done)  # the call before may be in another stream
-                result = replay().clone()  # before another graph of the same memory runs
+                result = recorded.replay().clone()  # before another graph of the same memory runs
                 self._done.record(stream)
             return result
 
@@ -339,8 +360,8 @@ class GraphRunner:
                 inputs, torch.cat([lengths, nothing]), mel.lengths.long(), shape.total
             )
         broken = lengths.new_zeros(clips + 1).index_add_(0, mel.sequence_ids, (~inputs.isfinite().all(-1)).long())
-        backend = self._model._attention_backend(inputs.device)
-        dtype = self._model._weight_dtype
+        backend = self._model.attention_backend(inputs.device)
+        dtype = self._model.weight_dtype
         features = encoder(inputs.to(dtype), encoder.layout_of(mel, frames, codes), backend)
         return encoder.quantizer.encode(features, shape.num_quantizers, dtype), broken
 
@@ -359,9 +380,9 @@ class GraphRunner:
         for number, (each, total, most) in enumerate(levels):
             total += beyond if number == 2 else 0
             sequences.append(_fill(torch.where(lengths > 0, each, 0), total, min(total, most + beyond)))
-        dtype = self._model._weight_dtype
+        dtype = self._model.weight_dtype
         features = self._model.encoder.quantizer.decode(inputs, dtype).to(dtype)
-        backend = self._model._attention_backend(device)
+        backend = self._model.attention_backend(device)
         samples = decoder(features, decoder.layout_of(*sequences), backend).flatten()
         return samples, None
 

@@ -154,6 +154,28 @@ def encode_packed(
     return MiMoAudioTokenizerModel.encode(model, mels, num_quantizers=books, layout=layout).audio_codes
 
 
+def encode_packed_features(
+    model: MiMoAudioTokenizerModel, input_features: torch.Tensor, lengths: Sequence[int], num_quantizers: int
+) -> torch.Tensor:
+    """Encode log-mel spectrograms end to end, in one call.
+
+    Args:
+        model: the tokenizer.
+        input_features: (total_frames, n_mels) float32 where the model is, finite.
+        lengths: of the clips, in mel frames; from 1.
+        num_quantizers: how many codebooks to use, from the first.
+
+    Returns:
+        (total_codes, num_quantizers) int64.
+    """
+    if model.graphs is not None and model.graphs.takes(lengths):
+        return model.graphs.encode(input_features, lengths, num_quantizers)
+    layout = model.encoder_layout(lengths, input_features.device)
+    # This class's own: that of `compat` has other arguments.
+    output = MiMoAudioTokenizerModel.encode(model, input_features, num_quantizers=num_quantizers, layout=layout)
+    return output.audio_codes
+
+
 def decode_packed(model: MiMoAudioTokenizerModel, codes: torch.Tensor, lengths: Sequence[int]) -> torch.Tensor:
     """Decode clips end to end, in one call, without waiting for the device.
 
@@ -333,6 +355,21 @@ def crossfade(before: torch.Tensor, after: torch.Tensor) -> torch.Tensor:
     return torch.lerp(before, after[: len(before)], weight)
 
 
+def check_count(name: str, value: Any, least: int, why: str = "") -> int:
+    """An option that is a whole number, of NumPy's kinds as well; `why` it has to be at `least` so large.
+
+    Raises:
+        ValueError: it is not an integer, or less; the message begins with `name`.
+    """
+    try:
+        count = operator.index(value)
+    except TypeError:
+        count = least - 1
+    if isinstance(value, bool) or count < least:
+        raise ValueError(f"{name}={value!r}; accepted: {least}{f' ({why})' if why else ''} or more, an integer")
+    return count
+
+
 def check_codes(model: MiMoAudioTokenizerModel, codes: Any, name: str = "codes") -> torch.Tensor:
     """One clip's codes (L, Q) as int64, if the model can decode them; otherwise the errors of [`check_codes_of`]."""
     return check_codes_of(model.config.codebook_sizes, codes, name)
@@ -348,16 +385,15 @@ def check_codes_of(codebook_sizes: Sequence[int], codes: Any, name: str = "codes
     codes = as_tensor(name, codes)
     accepted = len(codebook_sizes)
     if codes.ndim != 2 or not len(codes) or not 1 <= codes.shape[1] <= accepted:
-        shape = tuple(codes.shape)
-        raise ValueError(f"{name} has shape {shape}; accepted: (frames, 1 to {accepted} codebooks), not empty")
+        also = ", not empty" if codes.ndim == 2 and not len(codes) else ""
+        raise ValueError(f"{name} has shape {tuple(codes.shape)}; accepted: (frames, 1 to {accepted} codebooks){also}")
     if codes.is_floating_point() or codes.is_complex() or codes.dtype == torch.bool:
         raise ValueError(f"{name} is {codes.dtype}; accepted: integers")
-    codes = codes.long()
     try:
         check_code_range(codes, codebook_sizes)
     except ValueError as error:
         raise ValueError(f"{name}: {error}") from error
-    return codes
+    return codes.long()
 
 
 def convert_each(
@@ -390,21 +426,6 @@ def group_by_seconds(
         total += seconds(item)
     if group:
         yield group
-
-
-def check_count(name: str, value: Any, least: int, why: str = "") -> int:
-    """An option that counts, as an int.
-
-    Raises:
-        ValueError: it is no integer, or less than `least`; `why` says what decides that.
-    """
-    try:
-        count = operator.index(value)
-    except TypeError:
-        count = least - 1
-    if isinstance(value, bool) or count < least:
-        raise ValueError(f"{name}={value!r}; accepted: {least}{f' ({why})' if why else ''} or more, an integer")
-    return count
 
 
 def check_waveform(waveform: Any, name: str = "waveform") -> torch.Tensor:

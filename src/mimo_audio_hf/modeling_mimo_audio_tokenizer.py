@@ -435,7 +435,7 @@ register_attention(
 )
 
 
-def _rotary_embedding(
+def rotary_embedding(
     position_ids: torch.Tensor, head_dim: int, theta: float, weight_dtype: torch.dtype, dtype: torch.dtype
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Cosines and sines (total_frames, 1, head_dim // 2) in `dtype`, computed in float32.
@@ -567,7 +567,7 @@ class MiMoAudioTokenizerStack(nn.Module):
 
         The input and every layer's output are appended to `all_hidden_states` where that is given.
         """
-        position_embeddings = _rotary_embedding(
+        position_embeddings = rotary_embedding(
             sequences.position_ids,
             self.head_dim,
             self.config.rope_theta,
@@ -1284,16 +1284,17 @@ class MiMoAudioTokenizerModel(MiMoAudioTokenizerPreTrainedModel):
             return chosen
         autocast = torch.is_autocast_enabled(device.type)
         return _best_attn_implementation(
-            device, torch.get_autocast_dtype(device.type) if autocast else self._weight_dtype
+            device, torch.get_autocast_dtype(device.type) if autocast else self.weight_dtype
         )
 
-    def _attention_backend(self, device: torch.device) -> AttentionBackend:
+    def attention_backend(self, device: torch.device) -> AttentionBackend:
+        """What attends on a device; a ValueError if that does not run there in this dtype."""
         name = self._attn_implementation_on(device)
         backend = ATTENTION_BACKENDS[name]
-        half_precision = self._weight_dtype in (torch.float16, torch.bfloat16) or torch.is_autocast_enabled("cuda")
+        half_precision = self.weight_dtype in (torch.float16, torch.bfloat16) or torch.is_autocast_enabled("cuda")
         if backend.half_precision_on_cuda and not (device.type == "cuda" and half_precision):
             raise ValueError(
-                f"attn_implementation={name!r} with a model in {self._weight_dtype} on {device}; accepted: "
+                f"attn_implementation={name!r} with a model in {self.weight_dtype} on {device}; accepted: "
                 "float16 or bfloat16 on CUDA. Use attn_implementation='sdpa' elsewhere"
             )
         return backend
@@ -1385,7 +1386,7 @@ class MiMoAudioTokenizerModel(MiMoAudioTokenizerPreTrainedModel):
             _check_packed("input_features", input_features, layout.mel, attention_mask)
         features = self._encode_features(input_features, layout, hidden_states)
         output = MiMoAudioTokenizerEncoderOutput(
-            audio_codes=self.encoder.quantizer.encode(features, num_quantizers, self._weight_dtype),
+            audio_codes=self.encoder.quantizer.encode(features, num_quantizers, self.weight_dtype),
             latents=features if output_latents else None,
             hidden_states=None if hidden_states is None else tuple(hidden_states),
         )
@@ -1434,7 +1435,7 @@ class MiMoAudioTokenizerModel(MiMoAudioTokenizerPreTrainedModel):
             audio_codes = layout.codes.unpad(audio_codes.to(device).transpose(1, 2))
         else:
             _check_packed("audio_codes", audio_codes, layout.codes, audio_codes_mask)
-        features = self.encoder.quantizer.decode(audio_codes.long(), self._weight_dtype)
+        features = self.encoder.quantizer.decode(audio_codes.long(), self.weight_dtype)
         output = self._decode_features(features, layout, hidden_states)
         return output if packed else _pad_decoder_output(output, layout)
 
@@ -1468,7 +1469,7 @@ class MiMoAudioTokenizerModel(MiMoAudioTokenizerPreTrainedModel):
         decoder_hidden_states = self._hidden_states_list(output_hidden_states)
         features = self._encode_features(input_features, layout, hidden_states)
         quantizer = self.encoder.quantizer
-        quantized, codes, commitment_loss = quantizer(features, num_quantizers, self._weight_dtype)
+        quantized, codes, commitment_loss = quantizer(features, num_quantizers, self.weight_dtype)
         encoded = MiMoAudioTokenizerEncoderOutput(
             audio_codes=codes,
             latents=features if output_latents else None,
@@ -1501,7 +1502,8 @@ class MiMoAudioTokenizerModel(MiMoAudioTokenizerPreTrainedModel):
     # --- Between the edges and the packed core ---
 
     @property
-    def _weight_dtype(self) -> torch.dtype:
+    def weight_dtype(self) -> torch.dtype:
+        """That of the encoder's weights, in which features are taken."""
         return self.encoder.conv1.weight.dtype
 
     def _hidden_states_list(self, output_hidden_states: bool | None) -> list[torch.Tensor] | None:
@@ -1602,8 +1604,8 @@ class MiMoAudioTokenizerModel(MiMoAudioTokenizerPreTrainedModel):
         layout: MiMoAudioTokenizerEncoderLayout,
         hidden_states: list[torch.Tensor] | None,
     ) -> torch.Tensor:
-        backend = self._attention_backend(layout.mel.cu_seqlens.device)
-        return self.encoder(input_features.to(self._weight_dtype), layout, backend, hidden_states)
+        backend = self.attention_backend(layout.mel.cu_seqlens.device)
+        return self.encoder(input_features.to(self.weight_dtype), layout, backend, hidden_states)
 
     def _decode_features(
         self,
@@ -1612,8 +1614,8 @@ class MiMoAudioTokenizerModel(MiMoAudioTokenizerPreTrainedModel):
         hidden_states: list[torch.Tensor] | None,
     ) -> MiMoAudioTokenizerDecoderOutput:
         device = layout.codes.cu_seqlens.device
-        features = features.to(device, self._weight_dtype)
-        samples = self._require_decoder()(features, layout, self._attention_backend(device), hidden_states)
+        features = features.to(device, self.weight_dtype)
+        samples = self._require_decoder()(features, layout, self.attention_backend(device), hidden_states)
         return MiMoAudioTokenizerDecoderOutput(
             audio_values=samples.flatten(),
             audio_lengths=layout.codes.lengths.long() * self.config.samples_per_frame,
@@ -1647,7 +1649,8 @@ def check_code_range(audio_codes: torch.Tensor, codebook_sizes: Sequence[int]) -
     outside = _out_of_range(audio_codes.long(), codebook_sizes)
     if outside.any():
         frame, book = outside.nonzero()[0].tolist()
-        raise _range_error("audio_codes", int(audio_codes[frame, book]), book, codebook_sizes)
+        code = int(audio_codes[frame, book].cpu().numpy())  # torch's own int() has no room for uint64
+        raise _range_error("audio_codes", code, book, codebook_sizes)
 
 
 def _out_of_range(audio_codes: torch.Tensor, codebook_sizes: Sequence[int]) -> torch.Tensor:

@@ -211,7 +211,7 @@ class TrainingStep:
         self.dtype = torch.bfloat16 if self.half else torch.float32
         # In stage 1 the weights are float32 and what runs is not: autocast is how the model is told.
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.half):
-            self.backend = tokenizer._attention_backend(self.device)
+            self.backend = tokenizer.attention_backend(self.device)
 
     def _make_discriminator(self) -> None:
         config = self.config

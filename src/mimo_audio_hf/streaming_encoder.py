@@ -1,5 +1,5 @@
 # Copyright 2026 The mimo-audio-hf authors. Licensed under the Apache License, Version 2.0.
-"""Audio to codes while it is recorded."""
+"""Audio to codes while it is recorded: mel frames as they come, and encoders that look ahead or do not."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ from copy import copy
 import numpy as np
 import torch
 
-from ..caching import KeyValueCache
-from ..feature_extraction_mimo_audio_tokenizer import MiMoAudioTokenizerFeatureExtractor
-from ..inference import check_count, check_waveform, model_device
-from ..modeling_mimo_audio_tokenizer import MiMoAudioTokenizerModel, PackedSequences
+from .caching import KeyValueCache
+from .feature_extraction_mimo_audio_tokenizer import MiMoAudioTokenizerFeatureExtractor
+from .inference import check_count, check_waveform, encode_packed_features, model_device
+from .modeling_mimo_audio_tokenizer import MiMoAudioTokenizerModel, PackedSequences
 
 
 # A causal encoder runs at most so many frames of its layers at once (10 s): memory for their attention is bounded.
@@ -26,9 +26,11 @@ class StreamingEncoder:
     """The encoder of one stream of audio, as it is recorded.
 
     An encoder whose layers never look ahead (those of MiMo-V2) runs on new frames only and gives the codes of the
-    whole recording (in half precision nearly all), each 20 ms after the end of its 40 ms; it is not cut into pieces of
-    60 s, as files are. An encoder whose layers look ahead (the released one) runs
-    again and again over windows that overlap, and gives nearly those codes; docs/streaming.md has the agreement.
+    whole recording, each 20 ms after the end of its 40 ms: all of them in float32, nearly all in half precision, where
+    sums are rounded in another order. (Past 60 s they are not those of [`encode_waveforms`], which cuts recordings
+    into pieces of 60 s. A stream that is to give those ends at each border, and is reset.) An encoder whose layers
+    look ahead (the released one) runs again and again over windows that overlap, and gives nearly those codes;
+    docs/streaming.md has the agreement.
 
     Args:
         model: the tokenizer; runs where it is, without gradients.
@@ -56,16 +58,14 @@ class StreamingEncoder:
         chunk_frames: int | None = None,
     ) -> None:
         self._extractor = MiMoAudioTokenizerFeatureExtractor.from_config(model.config)
-        self._device = model_device(model, model.encoder)
         self._model = model
         self._num_quantizers = model.check_num_quantizers(num_quantizers)
-        for name, value, least in (
-            ("left_context", left_context, 1),
-            ("right_context", right_context, 0),
-            ("chunk_frames", chunk_frames, 1),
-        ):
-            if value is not None:
-                check_count(name, value, least)
+        if left_context is not None:
+            left_context = check_count("left_context", left_context, 1)
+        if right_context is not None:
+            right_context = check_count("right_context", right_context, 0)
+        if chunk_frames is not None:
+            chunk_frames = check_count("chunk_frames", chunk_frames, 1)
         self.looks_ahead = self.looks_ahead_in(model)
         if self.looks_ahead:
             left_context = 250 if left_context is None else left_context
@@ -89,6 +89,8 @@ class StreamingEncoder:
     def reset(self) -> None:
         """Begins anew, whether the stream has ended or not."""
         self._ended = self._broken = False
+        self._device = model_device(self._model, self._model.encoder)
+        self._dtype = self._model.encoder.conv1.weight.dtype
         self._mel = _StreamingMel(self._extractor, self._device)
         self._encoding: _CausalEncoding | _WindowedEncoding
         if self.looks_ahead:
@@ -118,13 +120,21 @@ class StreamingEncoder:
 
         Raises:
             ValueError: samples that are not mono, not floating point, NaN or infinite; the stream is as it was.
-            RuntimeError: the stream has ended, or was broken off: an error in the model's calls (out of memory, say)
-                leaves a stream that looks ahead as it was, but others not.
+            RuntimeError: the stream has ended; the model was moved since the stream began, or cast where layers do not
+                look ahead; the stream was broken off: an error in the model's calls (out of memory, say) leaves one
+                that looks ahead as it was, but others not.
         """
         if self._broken:
             raise RuntimeError("the stream was broken off by an error in a call; accepted: samples after a reset")
         if self._ended:
             raise RuntimeError("the stream has ended; accepted: samples after a reset")
+        weight = self._model.encoder.conv1.weight
+        made_for = (weight.dtype if self.looks_ahead else self._dtype, self._device)
+        if not weight.is_meta and (weight.dtype, weight.device) != made_for:
+            raise RuntimeError(
+                f"the model was moved or cast to {weight.dtype} on {weight.device} after the stream began with "
+                f"{self._dtype} on {self._device}; accepted: samples after a reset"
+            )
         if tuple(getattr(samples, "shape", ())) != (0,):
             samples = check_waveform(samples, "samples").float()
         else:
@@ -286,12 +296,9 @@ class _WindowedEncoding:
                 stop = total
             held = self.received - len(self.mel)
             window = self.mel[: end - held]
-            layout = self.model.encoder_layout([len(window)], window.device)
-            output = MiMoAudioTokenizerModel.encode(
-                self.model, window, num_quantizers=self.num_quantizers, layout=layout
-            )
+            codes = encode_packed_features(self.model, window, [len(window)], self.num_quantizers)
             first = held // self.mels_per_code
-            yield output.audio_codes[self.codes - first : stop - first]
+            yield codes[self.codes - first : stop - first]
             self.codes = stop
             kept = max(0, stop - self.left_context) * self.mels_per_code
             self.mel = self.mel[min(kept - held, len(self.mel)) :].clone()
