@@ -411,7 +411,7 @@ def test_low_latency_is_near_the_whole_clip(trained, speech):
     (whole,) = decode_codes(trained, [codes])
     audio = stream(StreamingDecoder.low_latency(trained), codes.split(3))
     ratio = whole.square().sum() / (audio - whole).square().sum()
-    assert 10 * math.log10(ratio) > 17  # dB; 18.2 or more were measured, see docs/streaming.md
+    assert 10 * math.log10(ratio) > 24  # dB; 26.3 were measured of this clip, docs/streaming.md has others
 
 
 @pytest.mark.parametrize("way", ["run again", "cached"])
