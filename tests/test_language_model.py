@@ -270,7 +270,8 @@ def test_the_example_in_two_processes_shares_the_recordings_out(tmp_path, write_
     arguments += ["--hidden-size", "64", "--layers", "1", "--audio", *paths]
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
     command += [str(tmp_path / "noting.py"), str(RECIPE), str(tmp_path / "seen"), *arguments]
-    run = subprocess.run(command, capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    run = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=180)
     assert run.returncode == 0, run.stderr
     first, second = ((tmp_path / "seen" / rank).read_text().split() for rank in "01")
     assert sorted(first + second) == sorted(paths)
