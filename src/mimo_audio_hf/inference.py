@@ -355,21 +355,6 @@ def crossfade(before: torch.Tensor, after: torch.Tensor) -> torch.Tensor:
     return torch.lerp(before, after[: len(before)], weight)
 
 
-def check_count(name: str, value: Any, least: int, why: str = "") -> int:
-    """An option that is a whole number, of NumPy's kinds as well; `why` it has to be at `least` so large.
-
-    Raises:
-        ValueError: it is not an integer, or less; the message begins with `name`.
-    """
-    try:
-        count = operator.index(value)
-    except TypeError:
-        count = least - 1
-    if isinstance(value, bool) or count < least:
-        raise ValueError(f"{name}={value!r}; accepted: {least}{f' ({why})' if why else ''} or more, an integer")
-    return count
-
-
 def check_codes(model: MiMoAudioTokenizerModel, codes: Any, name: str = "codes") -> torch.Tensor:
     """One clip's codes (L, Q) as int64, if the model can decode them; otherwise the errors of [`check_codes_of`]."""
     return check_codes_of(model.config.codebook_sizes, codes, name)
@@ -426,6 +411,21 @@ def group_by_seconds(
         total += seconds(item)
     if group:
         yield group
+
+
+def check_count(name: str, value: Any, least: int, why: str = "") -> int:
+    """An option that counts, as an int.
+
+    Raises:
+        ValueError: it is no integer, or less than `least`; `why` says what decides that.
+    """
+    try:
+        count = operator.index(value)
+    except TypeError:
+        count = least - 1
+    if isinstance(value, bool) or count < least:
+        raise ValueError(f"{name}={value!r}; accepted: {least}{f' ({why})' if why else ''} or more, an integer")
+    return count
 
 
 def check_waveform(waveform: Any, name: str = "waveform") -> torch.Tensor:

@@ -10,8 +10,8 @@ from typing import Any, cast
 
 import torch
 
-from .caching import KeyValueCache, RunningGroupNorm, StreamRows
-from .modeling_mimo_audio_tokenizer import (
+from ..caching import KeyValueCache, RunningGroupNorm, StreamRows
+from ..modeling_mimo_audio_tokenizer import (
     MiMoAudioTokenizerDecoder,
     MiMoAudioTokenizerLayer,
     MiMoAudioTokenizerModel,

@@ -11,9 +11,9 @@ from typing import Any
 import numpy as np
 import torch
 
+from ..inference import check_codes, check_count, crossfade, decode_packed, model_device
+from ..modeling_mimo_audio_tokenizer import MiMoAudioTokenizerModel
 from .cached_decoder import CachedDecoder, Chunk, group_by
-from .inference import check_codes, check_count, crossfade, decode_packed, model_device
-from .modeling_mimo_audio_tokenizer import MiMoAudioTokenizerModel
 
 
 # What `StreamingDecoder.low_latency` chooses; docs/streaming.md says from which measurements.

@@ -5,10 +5,8 @@ Everything that a stream remembers belongs to the stream, and is bounded (but fo
 bound, see [`StreamingEncoder`]): it may run for days.
 """
 
-from __future__ import annotations
-
-from .streaming_decoder import LOW_LATENCY, StreamingDecoder, StreamingDecoderPool
-from .streaming_encoder import StreamingEncoder
+from .decoder import LOW_LATENCY, StreamingDecoder, StreamingDecoderPool
+from .encoder import StreamingEncoder
 
 
 __all__ = ["LOW_LATENCY", "StreamingDecoder", "StreamingDecoderPool", "StreamingEncoder"]

@@ -9,10 +9,10 @@ from copy import copy
 import numpy as np
 import torch
 
-from .caching import KeyValueCache
-from .feature_extraction_mimo_audio_tokenizer import MiMoAudioTokenizerFeatureExtractor
-from .inference import check_count, check_waveform, encode_packed_features, model_device
-from .modeling_mimo_audio_tokenizer import MiMoAudioTokenizerModel, PackedSequences
+from ..caching import KeyValueCache
+from ..feature_extraction_mimo_audio_tokenizer import MiMoAudioTokenizerFeatureExtractor
+from ..inference import check_count, check_waveform, encode_packed_features, model_device
+from ..modeling_mimo_audio_tokenizer import MiMoAudioTokenizerModel, PackedSequences
 
 
 # A causal encoder runs at most so many frames of its layers at once (10 s): memory for their attention is bounded.
@@ -28,9 +28,8 @@ class StreamingEncoder:
     An encoder whose layers never look ahead (those of MiMo-V2) runs on new frames only and gives the codes of the
     whole recording, each 20 ms after the end of its 40 ms: all of them in float32, nearly all in half precision, where
     sums are rounded in another order. (Past 60 s they are not those of [`encode_waveforms`], which cuts recordings
-    into pieces of 60 s. A stream that is to give those ends at each border, and is reset.) An encoder whose layers
-    look ahead (the released one) runs again and again over windows that overlap, and gives nearly those codes;
-    docs/streaming.md has the agreement.
+    into pieces of 60 s.) An encoder whose layers look ahead (the released one) runs again and again over windows that
+    overlap, and gives nearly those codes; docs/streaming.md has the agreement.
 
     Args:
         model: the tokenizer; runs where it is, without gradients.
