@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
 import runpy
-import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -267,20 +265,14 @@ assert len(losses) == 2
 def test_the_example_in_two_processes_shares_the_recordings_out(tmp_path, write_audio):
     paths = [str(write_audio(tmp_path / f"{number}.wav", 9600)) for number in range(4)]
     (tmp_path / "noting.py").write_text(NOTING)
+    (tmp_path / "seen").mkdir()
     arguments = ["--tokenizer", "tiny", "--steps", "2", "--batch-size", "1", "--workers", "0", "--seconds", "1"]
     arguments += ["--hidden-size", "64", "--layers", "1", "--audio", *paths]
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
     command += [str(tmp_path / "noting.py"), str(RECIPE), str(tmp_path / "seen"), *arguments]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    # Seen once, on a busy machine: processes that never met. What is asked here is what they do once they have.
-    for _ in range(2):
-        shutil.rmtree(tmp_path / "seen", ignore_errors=True)
-        (tmp_path / "seen").mkdir()
-        with contextlib.suppress(subprocess.TimeoutExpired):
-            run = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=120)
-            break
-    else:
-        pytest.fail("two processes took more than two minutes, twice")
+    # (That they end is part of it: the model is to be freed before the processes part.)
+    run = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=180)
     assert run.returncode == 0, run.stderr
     first, second = ((tmp_path / "seen" / rank).read_text().split() for rank in "01")
     assert sorted(first + second) == sorted(paths)

@@ -172,6 +172,9 @@ def train(args: argparse.Namespace) -> dict[str, Any]:
             batch_seconds.append(made - started)
             bar.update()
             bar.set_postfix_str(f"loss {losses[-1]:.3f}")
+    # Before the processes part: what still belongs to them would wait for each other afterwards.
+    del loss
+    model, optimizer, loader = accelerator.free_memory(model, optimizer, loader)
     accelerator.end_training()
     accelerator.print(
         f"loss {losses[0]:.3f} -> {losses[-1]:.3f}; a step took {1000 * statistics.median(seconds):.0f} ms, "
