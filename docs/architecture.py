@@ -24,7 +24,7 @@ BOXES: dict[str, tuple[str, ...]] = {
         "feature_extraction_mimo_audio_tokenizer",
         "modeling_mimo_audio_tokenizer",
     ),
-    "Files and sound": ("files", "audio"),
+    "Files, sound, processes": ("files", "audio", "workers"),
     "Speed": (
         "attention_kernels",
         "product_kernels",

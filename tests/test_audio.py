@@ -628,7 +628,7 @@ def test_failing_write_leaves_nothing_behind(tmp_path, monkeypatch, existing):
 
     monkeypatch.setattr(sf.SoundFile, "write", fail)
     with pytest.raises(OSError, match="out.wav: cannot be written"):
-        save_audio(path, torch.rand(20000), RATE)
+        save_audio(path, torch.rand(600_000), RATE)
     assert len(seen) == 3
     assert len(seen[-1]) == (1 if existing is None else 2), "written under a temporary name"
     assert os.listdir(tmp_path) == ([] if existing is None else ["out.wav"])

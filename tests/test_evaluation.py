@@ -41,6 +41,7 @@ from mimo_audio_hf.metrics import (
     require_package,
     stoi,
 )
+from mimo_audio_hf.workers import worker_pool
 
 
 SPEECH = Path(__file__).parent / "fixtures" / "audio" / "prompt_speech_en_m.wav"
@@ -467,7 +468,7 @@ def test_what_a_metric_has_no_memory_for_is_left_out(clips_by_language, tiny_mod
 
 
 def test_nothing_is_computed_after_an_error():
-    with pytest.raises(KeyError), evaluation_module._worker_pool(1) as pool:
+    with pytest.raises(KeyError), worker_pool(1, evaluation_module.__name__) as pool:
         assert pool.submit(signal.getsignal, signal.SIGINT).result() == signal.SIG_IGN  # they are not interrupted
         futures = [pool.submit(time.sleep, 0.01) for _ in range(1000)]
         raise KeyError
@@ -479,10 +480,11 @@ def test_workers_use_one_thread_each_and_end_with_their_process():
 import os
 import threadpoolctl
 import torch
-from mimo_audio_hf.evaluation import _worker_pool
+from mimo_audio_hf.evaluation import _limit_threads
+from mimo_audio_hf.workers import worker_pool
 
 if __name__ == "__main__":
-    with _worker_pool(1) as pool:
+    with worker_pool(1, "mimo_audio_hf.evaluation", _limit_threads) as pool:
         libraries = pool.submit(threadpoolctl.threadpool_info).result()
         print({each["num_threads"] for each in libraries}, pool.submit(torch.get_num_threads).result(), flush=True)
         os.kill(os.getpid(), 9)

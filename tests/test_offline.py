@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import signal
 import subprocess
 import sys
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -13,6 +15,7 @@ import torch
 
 from mimo_audio_hf import decode_codes, encode_waveforms, load_audio, offline
 from mimo_audio_hf.offline import load_tokens, main, save_tokens
+from mimo_audio_hf.workers import worker_pool
 
 
 @pytest.fixture
@@ -114,10 +117,10 @@ def test_bad_codes_are_named_and_the_others_decoded(tmp_path, tiny_checkpoint, t
 def test_a_clip_that_fails_does_not_take_its_batch_along(
     tmp_path, tiny_checkpoint, tiny_model, lines, capfd, monkeypatch, error
 ):
-    def encode(model, waveforms, num_quantizers):
+    def encode(model, waveforms, num_quantizers, **options):
         if any(len(waveform) == 1000 + 777 for waveform in waveforms):
             raise error
-        return encode_waveforms(model, waveforms, num_quantizers)
+        return encode_waveforms(model, waveforms, num_quantizers, **options)
 
     monkeypatch.setattr("mimo_audio_hf.offline.encode_waveforms", encode)
     assert main(arguments(tmp_path, tiny_checkpoint, lines, "wav2token")) == 1
@@ -125,6 +128,31 @@ def test_a_clip_that_fails_does_not_take_its_batch_along(
     assert f"failed: clip1: {error}" in output.err
     assert "wav2token: 6 of 7 clips" in output.out
     check([line for line in lines if line["key"] != "clip1"], tiny_model, tokens=True, audio=False)
+
+
+def test_other_processes_write_as_threads_do(tmp_path, tiny_checkpoint, tiny_model, lines, capfd, monkeypatch):
+    """They do where a GPU runs the model."""
+    monkeypatch.setattr(offline, "_writers", lambda device: worker_pool(2, offline.__name__))
+    Path(lines[2]["wav"]).write_text("no audio")
+    Path(lines[5]["reconstructed_wav"]).mkdir(parents=True)
+    assert main(arguments(tmp_path, tiny_checkpoint, lines, "wav2token2wav")) == 1
+    output = capfd.readouterr()
+    assert f"failed: clip5: [Errno 21] Is a directory: '{lines[5]['reconstructed_wav']}'" in output.err
+    assert "wav2token2wav: 5 of 7 clips" in output.out
+    done = [line for index, line in enumerate(lines) if index not in (2, 5)]
+    check(done, tiny_model, tokens=True, audio=True)
+
+
+def test_a_writing_process_that_is_killed_ends_the_command(tmp_path, tiny_checkpoint, lines, capfd, monkeypatch):
+    @contextmanager
+    def killed(device):
+        with worker_pool(1, offline.__name__) as pool:
+            pool.submit(signal.raise_signal, signal.SIGKILL)
+            yield pool
+
+    monkeypatch.setattr(offline, "_writers", killed)
+    assert main(arguments(tmp_path, tiny_checkpoint, lines, "wav2token")) == 1
+    assert "mimo_audio_tokenizer: error: a writing process was killed" in capfd.readouterr().err
 
 
 def test_two_lines_may_not_write_one_file(tmp_path, tiny_checkpoint, lines, capfd):

@@ -42,7 +42,8 @@ _LOWPASS_FILTER_WIDTH = 6
 _ROLLOFF = 0.99
 
 _READ_ELEMENTS = 2**14  # samples x channels decoded at a time; how precisely a decoding error can be located
-_WRITE_SAMPLES = 4096  # the OGG encoder keeps a whole write on the stack: 90 s in one go are a segmentation fault
+_WRITE_SAMPLES = 2**18  # at a time, in bounded memory
+_LOSSY_SAMPLES = 4096  # the OGG encoder keeps a whole write on the stack: 90 s in one go are a segmentation fault
 _JOINT_ELEMENTS = 2**18  # the largest filter of all phases together: 2 MB
 _RESAMPLE_ELEMENTS = 2**18  # samples gathered at a time, few enough to stay in the processor's cache
 
@@ -280,7 +281,7 @@ def _writer(
         with sf.SoundFile(target, "w", sampling_rate, 1, subtype, format=file_format) as file:
 
             def write(samples: torch.Tensor) -> None:
-                for block in samples.split(_WRITE_SAMPLES):
+                for block in samples.split(_WRITE_SAMPLES if subtype == "PCM_16" else _LOSSY_SAMPLES):
                     block = block.to(torch.float32).clamp(-1, 1)  # the lossy encoders do not clip
                     if subtype == "PCM_16":
                         # libsndfile would round towards minus infinity in a WAV.

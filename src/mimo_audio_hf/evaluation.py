@@ -13,11 +13,8 @@ from __future__ import annotations
 import itertools
 import json
 import math
-import multiprocessing
 import os
 import platform
-import signal
-import threading
 import time
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence, Sized
@@ -48,6 +45,7 @@ from .metrics import (
 )
 from .modeling_mimo_audio_tokenizer import MiMoAudioTokenizerModel
 from .quantization import quantization_of
+from .workers import available_cores, worker_pool
 
 
 Result = TypeVar("Result")
@@ -353,7 +351,7 @@ def evaluate(
                 bar.update()
 
     with (
-        _worker_pool(num_workers) as pool,
+        worker_pool(num_workers, __name__, _limit_threads) as pool,
         tqdm(
             desc="evaluated",
             total=len(clips) if isinstance(clips, Sized) else None,
@@ -458,37 +456,13 @@ class _Clock:
 
 
 def _num_workers(device: torch.device) -> int:
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    cores = available_cores()
     return cores if device.type == "cpu" else max(1, cores - 1)  # one of them launches the model's kernels
 
 
-@contextmanager
-def _worker_pool(workers: int) -> Iterator[ProcessPoolExecutor]:
-    """Processes that share nothing with this one: neither its threads nor its CUDA context survive a fork."""
-    method = "forkserver" if "forkserver" in multiprocessing.get_all_start_methods() else "spawn"
-    context = multiprocessing.get_context(method)
-    if method == "forkserver":
-        context.set_forkserver_preload([__name__])
-    pool = ProcessPoolExecutor(workers, mp_context=context, initializer=_start_worker)
-    try:
-        yield pool
-    finally:
-        pool.shutdown(cancel_futures=True)
-
-
-def _start_worker() -> None:
-    """There may be as many workers as cores: each uses one. It ends with the process that started it, in any case."""
-    torch.set_num_threads(1)
+def _limit_threads() -> None:
+    """Of the libraries that the metrics use."""
     require_package("threadpoolctl").threadpool_limits(1)
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    threading.Thread(target=_end_with_parent, daemon=True).start()
-
-
-def _end_with_parent() -> None:
-    parent = multiprocessing.parent_process()
-    if parent is not None:
-        parent.join()
-        os._exit(1)
 
 
 def _submit_scores(

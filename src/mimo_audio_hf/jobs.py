@@ -17,6 +17,7 @@ import threading
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
+from concurrent.futures.process import BrokenProcessPool
 from contextlib import ExitStack, closing, contextmanager, suppress
 from dataclasses import dataclass, field
 from functools import cached_property, partial
@@ -43,6 +44,7 @@ from .modeling_mimo_audio_tokenizer import MiMoAudioTokenizerModel
 from .optimization import optimize_for_inference
 from .shards import ShardDirectory, ShardWriter, first_repeated
 from .sources import AUDIO_COLUMNS, Problem, Row, Source, open_source
+from .workers import available_cores
 
 
 CODES_COLUMNS = ("audio_codes",)
@@ -289,6 +291,8 @@ def lost_processes_named() -> Iterator[None]:
         yield
     except dist.DistError as error:
         raise OSError(f"the launcher or the first process is gone ({_one_line(error)})") from error
+    except BrokenProcessPool as error:
+        raise OSError("a writing process was killed, perhaps for want of memory") from error
     except RuntimeError as error:
         if "DataLoader worker" not in str(error):
             raise
@@ -673,9 +677,7 @@ def _as_it_is(chunk: _Chunk) -> _Chunk:
 def _num_workers(device: torch.device) -> int:
     if device.type == "cpu":
         return 1  # the model needs the cores itself
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    local_processes = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-    return max(1, cores // local_processes - 2)
+    return max(1, available_cores() // int(os.environ.get("LOCAL_WORLD_SIZE", 1)) - 2)
 
 
 # --- Processes ---

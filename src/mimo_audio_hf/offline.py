@@ -6,7 +6,8 @@
 It runs alone or under torchrun and `accelerate launch`, on CPUs too. A line of the list is a JSON object with `key`
 and, depending on the task, the paths `wav`, `quantized_tokens` and `reconstructed_wav`. A token file is
 `{"quantized_tokens": [[...], ...], "info": {...}}`, frames first, the line and timings being its info. On a GPU two
-batches are under way at a time, so that the time of one may hold some of another's.
+batches are under way at a time, so that the time of one may hold some of another's, and files are written by other
+processes, as they are read.
 """
 
 from __future__ import annotations
@@ -19,7 +20,8 @@ import sys
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Executor, Future, ThreadPoolExecutor
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from datetime import timedelta
 from functools import lru_cache
@@ -38,8 +40,10 @@ from .checkpoints import load_model
 from .files import replacing
 from .inference import check_codes, convert_each, decode_codes, encode_waveforms
 from .jobs import lost_processes_named
+from .modeling_mimo_audio_tokenizer import MiMoAudioTokenizerModel
 from .optimization import optimize_for_inference
 from .quantization import QUANTIZATIONS
+from .workers import available_cores, worker_pool
 
 
 # What a line of the list has to name: what is read and what is written.
@@ -52,6 +56,11 @@ TASKS: dict[str, tuple[str, tuple[str, ...]]] = {
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
+
+# A batch of 64 clips of common lengths runs at once: fewer calls are less work for the process that makes them.
+_MAX_BATCH_SECONDS = 600.0
+# Processes that write files, beyond which a GPU has not been seen to need more.
+_MAX_WRITERS = 8
 
 _PROCESS_GROUP: dict[str, Any] = {"timeout": timedelta(days=30)} if "RANK" in os.environ else {}
 
@@ -66,25 +75,48 @@ class Clip:
 
 
 @dataclass(frozen=True)
-class _Read:
-    """Clips on their way from the process that read them, as one tensor: each would take several system calls."""
+class _Packed:
+    """Tensors on their way from one process to another, as one: each would take several system calls."""
 
-    clips: list[Clip]  # without their data
     shapes: list[tuple[int, ...] | None]
     data: torch.Tensor
 
     @classmethod
-    def of(cls, clips: list[Clip]) -> _Read:
-        data = [clip.data.flatten() for clip in clips if clip.data is not None]
-        shapes = [None if clip.data is None else tuple(clip.data.shape) for clip in clips]
-        return cls([replace(clip, data=None) for clip in clips], shapes, torch.cat(data) if data else torch.empty(0))
+    def of(cls, tensors: Sequence[torch.Tensor | None]) -> _Packed:
+        there = [tensor.flatten() for tensor in tensors if tensor is not None]
+        shapes = [None if tensor is None else tuple(tensor.shape) for tensor in tensors]
+        return cls(shapes, torch.cat(there) if there else torch.empty(0))
 
-    def unpacked(self) -> list[Clip]:
+    def unpacked(self) -> list[torch.Tensor | None]:
         parts = iter(self.data.split([math.prod(shape) for shape in self.shapes if shape is not None]))
-        return [
-            clip if shape is None else replace(clip, data=next(parts).view(shape))
-            for clip, shape in zip(self.clips, self.shapes, strict=True)
-        ]
+        return [None if shape is None else next(parts).view(shape) for shape in self.shapes]
+
+
+@dataclass(frozen=True)
+class _Results:
+    """What became of a batch, on its way to where it is written."""
+
+    infos: list[dict[str, Any]]
+    failures: list[str]
+    codes: _Packed | None  # where there are token files to write
+    waveforms: _Packed | None
+    sampling_rate: int
+    seconds: float
+
+    def save(self) -> list[str]:
+        """Writes the files. Returns what could not be written."""
+        failures = []
+        nothing = [None] * len(self.infos)
+        columns = [nothing if packed is None else packed.unpacked() for packed in (self.codes, self.waveforms)]
+        for info, codes, waveform in zip(self.infos, *columns, strict=True):
+            try:
+                if codes is not None:
+                    save_tokens(info["quantized_tokens"], codes, info)
+                if waveform is not None:
+                    save_audio(info["reconstructed_wav"], waveform, self.sampling_rate)
+            except (ValueError, OSError) as error:
+                failures.append(f"{info['key']}: {error}")
+        return failures
 
 
 class _Clips(Dataset[Clip]):
@@ -232,70 +264,12 @@ def run(args: argparse.Namespace) -> int:
     # them, for as long as it takes: a time-out would end its work, too.
     state = PartialState(cpu=not torch.cuda.is_available(), **_PROCESS_GROUP)
     failures = [*problems] if state.is_main_process else []
-    source, targets = TASKS[args.task]
 
-    device = state.device
-    dtype = args.dtype or ("bfloat16" if device.type == "cuda" else "float32")
-    model = optimize_for_inference(load_model(args.model_path, device=device, dtype=dtype))
-    sampling_rate = model.config.sampling_rate
-    model.check_num_quantizers(args.num_quantizers)
-    if "reconstructed_wav" in targets and model.decoder is None:
-        raise ValueError(f"--model_path {args.model_path} holds an encoder only; accepted for it: --task wav2token")
-
-    def check(clip: Clip) -> Clip:
-        """The clip, or why its codes cannot be decoded."""
-        if clip.data is None or source == "wav":
-            return clip
-        try:
-            return Clip(clip.info, check_codes(model, clip.data, clip.info[source]))
-        except ValueError as error:
-            return Clip(clip.info, error=str(error))
-
-    def convert(data: list[torch.Tensor]) -> list[tuple[torch.Tensor, torch.Tensor | None]]:
-        codes = encode_waveforms(model, data, args.num_quantizers) if source == "wav" else data
-        if "reconstructed_wav" not in targets:
-            return [(clip_codes, None) for clip_codes in codes]
-        return list(zip(codes, decode_codes(model, codes), strict=True))
-
-    def run_model(clips: list[Clip]) -> tuple[list[Clip], list[Any], dict[str, Any]]:
-        """Clips, the results or errors of those that could be read, and what is told of the batch."""
-        clips = [check(clip) for clip in clips]
-        data = [clip.data for clip in clips if clip.data is not None]
-        begun = time.perf_counter()
-        results = convert_each(convert, data)
-        return clips, results, {"batch_size": len(data), "model_inference_time": time.perf_counter() - begun}
-
-    def save(info: dict[str, Any], codes: torch.Tensor, waveform: torch.Tensor | None) -> None:
-        if "quantized_tokens" in targets:
-            save_tokens(info["quantized_tokens"], codes, info)
-        if waveform is not None:
-            save_audio(info["reconstructed_wav"], waveform, sampling_rate)
-
-    started = time.perf_counter()
-    mine = lines[state.process_index :: state.num_processes]
-    seconds = 0.0
-    saving: list[tuple[str, Future[None]]] = []
-    with (
-        ThreadPoolExecutor(max_workers=min(8, args.batch_size)) as writer,
-        # Two batches at a time: one is made ready, or its results are taken, while a GPU is busy with the other.
-        _converter(device) as converter,
-        tqdm(total=len(mine), unit="clip", disable=None if state.is_main_process else True) as bar,
-    ):
-        # Clips that fail are set aside: a process that stopped here would leave the others waiting for it below.
-        for clips, results, timing in _in_turn(converter, run_model, _batches(mine, source, sampling_rate, args)):
-            failures += [f"{clip.info['key']}: {clip.error}" for clip in clips if clip.error is not None]
-            infos = [clip.info for clip in clips if clip.data is not None]
-            for info, result in zip(infos, results, strict=True):
-                if isinstance(result, Exception):
-                    failures.append(f"{info['key']}: {' '.join(str(result).split())}")
-                    continue
-                clip_codes, waveform = result
-                described = info | {"timing_stats": timing} if source == "wav" else info
-                saving.append((info["key"], writer.submit(save, described, clip_codes, waveform)))
-                seconds += len(clip_codes) * model.config.samples_per_frame / sampling_rate
-            bar.update(len(clips))
-            bar.set_postfix_str(f"{seconds / (time.perf_counter() - started):.0f} s of audio/s")
-    failures += [f"{key}: {error}" for key, future in saving if (error := future.exception()) is not None]
+    with _writers(state.device) as writers:
+        model = _load(args, state.device)
+        started = time.perf_counter()
+        seconds, failed_here = _convert_list(model, lines[state.process_index :: state.num_processes], args, writers)
+    failures += failed_here
 
     for failure in failures:
         print(f"mimo_audio_tokenizer: failed: {failure}", file=sys.stderr)
@@ -310,6 +284,99 @@ def run(args: argparse.Namespace) -> int:
     if state.num_processes > 1:
         state.destroy_process_group()
     return failed
+
+
+def _load(args: argparse.Namespace, device: torch.device) -> MiMoAudioTokenizerModel:
+    if device.type == "cuda":
+        # What is left to the CPU is small, and the threads would be in the way of the other processes.
+        torch.set_num_threads(1)
+    dtype = args.dtype or ("bfloat16" if device.type == "cuda" else "float32")
+    model = optimize_for_inference(load_model(args.model_path, device=device, dtype=dtype))
+    model.check_num_quantizers(args.num_quantizers)
+    if "reconstructed_wav" in TASKS[args.task][1] and model.decoder is None:
+        raise ValueError(f"--model_path {args.model_path} holds an encoder only; accepted for it: --task wav2token")
+    return model
+
+
+def _convert_list(
+    model: MiMoAudioTokenizerModel, lines: Sequence[dict[str, Any]], args: argparse.Namespace, writers: Executor
+) -> tuple[float, list[str]]:
+    """Reads, converts and writes. Returns the seconds of audio that were done, and what failed."""
+    source, targets = TASKS[args.task]
+    sampling_rate = model.config.sampling_rate
+
+    def check(clip: Clip) -> Clip:
+        """The clip, or why its codes cannot be decoded."""
+        if clip.data is None or source == "wav":
+            return clip
+        try:
+            return Clip(clip.info, check_codes(model, clip.data, clip.info[source]))
+        except ValueError as error:
+            return Clip(clip.info, error=str(error))
+
+    def convert(data: list[torch.Tensor]) -> list[tuple[torch.Tensor, torch.Tensor | None]]:
+        codes = data
+        if source == "wav":
+            codes = encode_waveforms(model, data, args.num_quantizers, max_batch_seconds=_MAX_BATCH_SECONDS)
+        if "reconstructed_wav" not in targets:
+            return [(clip_codes, None) for clip_codes in codes]
+        return list(zip(codes, decode_codes(model, codes, max_batch_seconds=_MAX_BATCH_SECONDS), strict=True))
+
+    def run_model(clips: list[Clip], packed: _Packed) -> _Results:
+        clips = [check(replace(clip, data=data)) for clip, data in zip(clips, packed.unpacked(), strict=True)]
+        failures = [f"{clip.info['key']}: {clip.error}" for clip in clips if clip.error is not None]
+        data = {index: clip.data for index, clip in enumerate(clips) if clip.data is not None}
+        begun = time.perf_counter()
+        results = convert_each(convert, [*data.values()])
+        timing = {"batch_size": len(data), "model_inference_time": time.perf_counter() - begun}
+        infos, codes, waveforms = [], [], []
+        for index, result in zip(data, results, strict=True):
+            info = clips[index].info
+            if isinstance(result, Exception):
+                failures.append(f"{info['key']}: {' '.join(str(result).split())}")
+                continue
+            infos.append(info | {"timing_stats": timing} if source == "wav" else info)
+            codes.append(result[0])
+            waveforms.append(result[1])
+        return _Results(
+            infos,
+            failures,
+            _Packed.of(codes) if "quantized_tokens" in targets else None,
+            _Packed.of(waveforms) if "reconstructed_wav" in targets else None,
+            sampling_rate,
+            sum(map(len, codes)) / model.config.frame_rate,
+        )
+
+    started = time.perf_counter()
+    seconds = 0.0
+    failures: list[str] = []
+    saving: deque[Future[list[str]]] = deque()
+    with (
+        # Two batches at a time: one is made ready, or its results are taken, while a GPU is busy with the other.
+        _converter(model.device) as converter,
+        tqdm(total=len(lines), unit="clip", disable=None if PartialState().is_main_process else True) as bar,
+    ):
+        # Clips that fail are set aside: a process that stopped here would leave the others waiting for it.
+        batches = _batches(lines, source, sampling_rate, args)
+        for results in _in_turn(converter, lambda batch: run_model(*batch), batches):
+            saving.append(writers.submit(results.save))
+            failures += results.failures
+            seconds += results.seconds
+            bar.update(len(results.infos) + len(results.failures))
+            bar.set_postfix_str(f"{seconds / (time.perf_counter() - started):.0f} s of audio/s")
+            if len(saving) > 2 * _MAX_WRITERS:  # so that memory is bounded
+                failures += saving.popleft().result()
+    for each in saving:
+        failures += each.result()
+    return seconds, failures
+
+
+def _writers(device: torch.device) -> AbstractContextManager[Executor]:
+    """What writes the files: processes, for the threads of one that launches a GPU's work would hold it up."""
+    if device.type != "cuda":
+        return ThreadPoolExecutor(max_workers=1)
+    cores = available_cores() // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    return worker_pool(max(1, min(_MAX_WRITERS, cores // 2)), __name__)
 
 
 def _converter(device: torch.device) -> ThreadPoolExecutor:
@@ -335,15 +402,20 @@ def _in_turn(
 
 def _batches(
     lines: Sequence[dict[str, Any]], source: str, sampling_rate: int, args: argparse.Namespace
-) -> Iterator[list[Clip]]:
+) -> Iterator[tuple[list[Clip], _Packed]]:
     loader: DataLoader[Any] = DataLoader(
         _Clips(lines, source, sampling_rate),
         batch_size=args.batch_size,
         num_workers=args.num_workers,
         prefetch_factor=args.prefetch if args.num_workers else None,
-        collate_fn=_Read.of,
+        collate_fn=_pack,
     )
-    return (read.unpacked() for read in loader)
+    return iter(loader)
+
+
+def _pack(clips: list[Clip]) -> tuple[list[Clip], _Packed]:
+    """Clips without their data, and that."""
+    return [replace(clip, data=None) for clip in clips], _Packed.of([clip.data for clip in clips])
 
 
 if __name__ == "__main__":
