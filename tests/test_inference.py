@@ -13,6 +13,7 @@ import torch
 from mimo_audio_hf import MiMoAudioTokenizerConfig, MiMoAudioTokenizerFeatureExtractor, MiMoAudioTokenizerModel
 from mimo_audio_hf.checkpoints import PRESETS
 from mimo_audio_hf.inference import (
+    _lie_end_to_end,
     _run_in_batches,
     convert_each,
     decode_codes,
@@ -369,3 +370,23 @@ def test_groups_stay_within_the_budget_and_take_nothing_in_advance():
     assert next(groups) == [3.0, 4.0, 3.0]
     assert taken == [3.0, 4.0, 3.0, 20.0]
     assert list(groups) == [[20.0], [1.0]]
+
+
+def test_a_full_group_waits_for_no_other_item():
+    items = iter([1.0, 2.0, 3.0, 4.0, 5.0])
+    groups = group_by_seconds(items, float, 5.0, 2)
+    assert next(groups) == [1.0, 2.0]
+    assert next(items) == 3.0
+    assert list(groups) == [[4.0], [5.0]]
+
+
+def test_only_neighbours_in_memory_are_taken_as_one():
+    whole = torch.arange(10.0)
+    first, second, third = whole.split([3, 5, 2])
+    assert _lie_end_to_end([first, second, third])
+    assert _lie_end_to_end([second, third])
+    assert not _lie_end_to_end([first, third])
+    assert not _lie_end_to_end([second, first])
+    assert not _lie_end_to_end([first, second.clone()])
+    assert not _lie_end_to_end([whole[::2], third])
+    assert _lie_end_to_end([*whole.view(5, 2).split([2, 3])])

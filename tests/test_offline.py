@@ -14,6 +14,7 @@ import soundfile
 import torch
 
 from mimo_audio_hf import decode_codes, encode_waveforms, load_audio, offline
+from mimo_audio_hf.inference import encode_packed
 from mimo_audio_hf.offline import load_tokens, main, save_tokens
 from mimo_audio_hf.workers import worker_pool
 
@@ -113,19 +114,18 @@ def test_bad_codes_are_named_and_the_others_decoded(tmp_path, tiny_checkpoint, t
     check([lines[index] for index in (0, 2, 4, 5)], tiny_model, tokens=True, audio=True)
 
 
-@pytest.mark.parametrize("error", [ValueError("too odd"), torch.OutOfMemoryError("CUDA out of memory")])
 def test_a_clip_that_fails_does_not_take_its_batch_along(
-    tmp_path, tiny_checkpoint, tiny_model, lines, capfd, monkeypatch, error
+    tmp_path, tiny_checkpoint, tiny_model, lines, capfd, monkeypatch
 ):
-    def encode(model, waveforms, num_quantizers, **options):
-        if any(len(waveform) == 1000 + 777 for waveform in waveforms):
-            raise error
-        return encode_waveforms(model, waveforms, num_quantizers, **options)
+    def encode(model, samples, lengths, num_quantizers):
+        if 1000 + 777 in lengths:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return encode_packed(model, samples, lengths, num_quantizers)
 
-    monkeypatch.setattr("mimo_audio_hf.offline.encode_waveforms", encode)
+    monkeypatch.setattr("mimo_audio_hf.inference.encode_packed", encode)
     assert main(arguments(tmp_path, tiny_checkpoint, lines, "wav2token")) == 1
     output = capfd.readouterr()
-    assert f"failed: clip1: {error}" in output.err
+    assert "failed: clip1: CUDA out of memory" in output.err
     assert "wav2token: 6 of 7 clips" in output.out
     check([line for line in lines if line["key"] != "clip1"], tiny_model, tokens=True, audio=False)
 
@@ -182,14 +182,3 @@ def test_one_file_under_two_spellings(tmp_path, tiny_checkpoint, lines, capfd):
     lines[3]["quantized_tokens"] = str(tmp_path / "out" / ".." / "out" / "1.json")
     assert main(arguments(tmp_path, tiny_checkpoint, lines, "wav2token")) == 1
     assert "lines 2 and 4 both write" in capfd.readouterr().err
-
-
-def test_threads_of_a_gpu_without_a_number_use_the_one_that_is_current(monkeypatch):
-    """As `--device cuda` names it, which `torch.cuda.set_device` does not take."""
-    chosen = []
-    monkeypatch.setattr(torch.cuda, "current_device", lambda: 3)
-    monkeypatch.setattr(torch.cuda, "set_device", chosen.append)
-    for name in ("cuda", "cuda:1"):
-        with offline._converter(torch.device(name)) as threads:
-            threads.submit(int).result()
-    assert chosen == [3, 1]

@@ -88,7 +88,7 @@ class MiMoAudioTokenizerFeatureExtractor(SequenceFeatureExtractor):
     @classmethod
     def from_config(cls, config: PreTrainedConfig) -> MiMoAudioTokenizerFeatureExtractor:
         """The feature extractor that belongs to a model's configuration."""
-        return cls(**cls._fields_of(config.to_dict()))
+        return cls(**cls._fields_of(vars(config)))  # to_dict() copies all of it, in every call of the model
 
     @staticmethod
     def _fields_of(config: dict[str, Any]) -> dict[str, Any]:

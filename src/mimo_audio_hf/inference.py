@@ -200,6 +200,7 @@ def encode_stream(
     *,
     overlap_seconds: float = 0.0,
     max_batch_seconds: float = MAX_BATCH_SECONDS,
+    max_batch_clips: int | None = None,
     progress: Progress | None = None,
 ) -> Iterator[tuple[Key, torch.Tensor | torch.OutOfMemoryError]]:
     """Encode clips as they come: [`encode_waveforms`] for a stream that need not end or fit into memory.
@@ -207,6 +208,7 @@ def encode_stream(
     Args:
         clips: pairs of anything that tells clips apart and a waveform as [`check_waveform`] passes it. They are taken
             as batches are filled.
+        max_batch_clips: clips, or pieces of long ones, that run at once; any number by default.
         model, num_quantizers, overlap_seconds, max_batch_seconds, progress: as in [`encode_waveforms`].
 
     Yields:
@@ -260,7 +262,9 @@ def encode_stream(
 
     done: list[torch.Tensor] = []
     failure: torch.OutOfMemoryError | None = None
-    for piece, result in _run_in_batches(model, launch, pieces(), seconds, max_batch_seconds, device, progress):
+    for piece, result in _run_in_batches(
+        model, launch, pieces(), seconds, max_batch_seconds, device, progress, max_batch_clips
+    ):
         if isinstance(result, torch.Tensor):
             done.append(without_overlap(piece, result) if overlap else result)
         else:
@@ -275,6 +279,7 @@ def decode_stream(
     clips: Iterable[tuple[Key, torch.Tensor]],
     *,
     max_batch_seconds: float = MAX_BATCH_SECONDS,
+    max_batch_clips: int | None = None,
     progress: Progress | None = None,
 ) -> Iterator[tuple[Key, torch.Tensor | torch.OutOfMemoryError]]:
     """Decode clips as they come: [`decode_codes`] for a stream that need not end or fit into memory.
@@ -282,6 +287,7 @@ def decode_stream(
     Args:
         clips: pairs of anything that tells clips apart and codes (L, Q) as [`check_codes`] returns them. They are
             taken as batches are filled; neighbours with the same number of codebooks share a batch.
+        max_batch_clips: clips, or pieces of long ones, that run at once; any number by default.
         model, max_batch_seconds, progress: as in [`decode_codes`].
 
     Yields:
@@ -312,7 +318,7 @@ def decode_stream(
         whole: torch.Tensor | None = None
         failure: torch.OutOfMemoryError | None = None
         for piece, result in _run_in_batches(
-            model, launch, pieces(group), seconds, max_batch_seconds, device, progress
+            model, launch, pieces(group), seconds, max_batch_seconds, device, progress, max_batch_clips
         ):
             if not isinstance(result, torch.Tensor):
                 failure = result
@@ -395,9 +401,9 @@ def convert_each(
 
 
 def group_by_seconds(
-    items: Iterable[Item], seconds: Callable[[Item], float], max_seconds: float
+    items: Iterable[Item], seconds: Callable[[Item], float], max_seconds: float, max_items: int | None = None
 ) -> Iterator[list[Item]]:
-    """Consecutive items in lists of at most `max_seconds` in all; a longer item stands alone.
+    """Consecutive items in lists of at most `max_items`, and of `max_seconds` in all; a longer item stands alone.
 
     Nothing is taken from `items` beyond the first item that does not fit.
     """
@@ -409,6 +415,9 @@ def group_by_seconds(
             group, total = [], 0.0
         group.append(item)
         total += seconds(item)
+        if len(group) == max_items:
+            yield group
+            group, total = [], 0.0
     if group:
         yield group
 
@@ -475,6 +484,7 @@ def _run_in_batches(
     max_batch_seconds: float,
     device: torch.device,
     progress: Progress | None,
+    max_batch_clips: int | None = None,
 ) -> Iterator[tuple[Item, Result | torch.OutOfMemoryError]]:
     """Items with their results, in order. A batch is prepared and launched while the one before it still runs.
 
@@ -485,6 +495,7 @@ def _run_in_batches(
         seconds: the duration of an item.
         max_batch_seconds: the most in a batch. Where memory does not suffice, batches are halved from there on; an
             item that does not fit alone gets the error for a result.
+        max_batch_clips: the most items in a batch.
     """
     if not max_batch_seconds > 0:
         raise ValueError(f"max_batch_seconds={max_batch_seconds}; accepted: a positive number of seconds")
@@ -502,7 +513,7 @@ def _run_in_batches(
             progress(sum(map(seconds, batch)))
         yield from zip(batch, results, strict=True)
 
-    for group in group_by_seconds(items, seconds, limit):
+    for group in group_by_seconds(items, seconds, limit, max_batch_clips):
         parts = [group]
         while parts:
             # A group that was filled before the limit fell is cut to it.
@@ -538,9 +549,23 @@ def _gains_from_batches(device: torch.device) -> bool:
 def _to_device(clips: Sequence[torch.Tensor], device: torch.device) -> torch.Tensor:
     """Clips end to end on the device. To a GPU through pinned memory: other copies wait until its work is done."""
     pinned = device.type == "cuda" and not any(clip.is_cuda for clip in clips)
+    if pinned and clips[0].is_pinned() and _lie_end_to_end(clips):
+        whole = clips[0].as_strided((sum(map(len, clips)), *clips[0].shape[1:]), clips[0].stride())
+        return whole.to(device, non_blocking=True)
     shape = (sum(map(len, clips)), *clips[0].shape[1:])
     packed = torch.empty(shape, dtype=clips[0].dtype, pin_memory=True) if pinned else None
     return torch.cat(list(clips), out=packed).to(device, non_blocking=pinned)
+
+
+def _lie_end_to_end(clips: Sequence[torch.Tensor]) -> bool:
+    """Whether they are contiguous parts of one tensor, in their order, as processes that read hand them on."""
+    memory = clips[0].untyped_storage().data_ptr()
+    place = clips[0].data_ptr()
+    for clip in clips:
+        if not clip.is_contiguous() or clip.untyped_storage().data_ptr() != memory or clip.data_ptr() != place:
+            return False
+        place += clip.nbytes
+    return True
 
 
 def _collector(packed: torch.Tensor, lengths: Sequence[int]) -> Callable[[], list[torch.Tensor]]:

@@ -5,28 +5,28 @@
 
 It runs alone or under torchrun and `accelerate launch`, on CPUs too. A line of the list is a JSON object with `key`
 and, depending on the task, the paths `wav`, `quantized_tokens` and `reconstructed_wav`. A token file is
-`{"quantized_tokens": [[...], ...], "info": {...}}`, frames first, the line and timings being its info. On a GPU two
-batches are under way at a time, so that the time of one may hold some of another's, and files are written by other
-processes, as they are read.
+`{"quantized_tokens": [[...], ...], "info": {...}}`, frames first, the line and timings being its info. On a GPU a
+batch is made ready while the one before it runs: the time of a batch is from the end of the one before it to its own.
 """
 
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import math
 import os
 import sys
 import time
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import Executor, Future, ThreadPoolExecutor
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from datetime import timedelta
 from functools import lru_cache
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 import transformers
@@ -38,7 +38,7 @@ from tqdm import tqdm
 from .audio import load_audio, save_audio
 from .checkpoints import load_model
 from .files import replacing
-from .inference import check_codes, convert_each, decode_codes, encode_waveforms
+from .inference import check_codes, decode_stream, encode_stream
 from .jobs import lost_processes_named
 from .modeling_mimo_audio_tokenizer import MiMoAudioTokenizerModel
 from .optimization import optimize_for_inference
@@ -53,9 +53,6 @@ TASKS: dict[str, tuple[str, tuple[str, ...]]] = {
     "wav2token2wav": ("wav", ("quantized_tokens", "reconstructed_wav")),
 }
 
-
-Item = TypeVar("Item")
-Result = TypeVar("Result")
 
 # A batch of 64 clips of common lengths runs at once: fewer calls are less work for the process that makes them.
 _MAX_BATCH_SECONDS = 600.0
@@ -87,6 +84,10 @@ class _Packed:
         shapes = [None if tensor is None else tuple(tensor.shape) for tensor in tensors]
         return cls(shapes, torch.cat(there) if there else torch.empty(0))
 
+    def pin_memory(self) -> _Packed:
+        """Called by the data loader's own thread, which so also takes over what other processes hand on."""
+        return replace(self, data=self.data.pin_memory())
+
     def unpacked(self) -> list[torch.Tensor | None]:
         parts = iter(self.data.split([math.prod(shape) for shape in self.shapes if shape is not None]))
         return [None if shape is None else next(parts).view(shape) for shape in self.shapes]
@@ -97,18 +98,14 @@ class _Results:
     """What became of a batch, on its way to where it is written."""
 
     infos: list[dict[str, Any]]
-    failures: list[str]
-    codes: _Packed | None  # where there are token files to write
-    waveforms: _Packed | None
+    codes: _Packed
+    waveforms: _Packed
     sampling_rate: int
-    seconds: float
 
     def save(self) -> list[str]:
         """Writes the files. Returns what could not be written."""
         failures = []
-        nothing = [None] * len(self.infos)
-        columns = [nothing if packed is None else packed.unpacked() for packed in (self.codes, self.waveforms)]
-        for info, codes, waveform in zip(self.infos, *columns, strict=True):
+        for info, codes, waveform in zip(self.infos, self.codes.unpacked(), self.waveforms.unpacked(), strict=True):
             try:
                 if codes is not None:
                     save_tokens(info["quantized_tokens"], codes, info)
@@ -301,73 +298,74 @@ def _load(args: argparse.Namespace, device: torch.device) -> MiMoAudioTokenizerM
 def _convert_list(
     model: MiMoAudioTokenizerModel, lines: Sequence[dict[str, Any]], args: argparse.Namespace, writers: Executor
 ) -> tuple[float, list[str]]:
-    """Reads, converts and writes. Returns the seconds of audio that were done, and what failed."""
+    """Reads, converts and writes. Returns the seconds of audio that were done, and what failed.
+
+    Clips that fail are set aside: a process that stopped here would leave the others waiting for it.
+    """
     source, targets = TASKS[args.task]
-    sampling_rate = model.config.sampling_rate
-
-    def check(clip: Clip) -> Clip:
-        """The clip, or why its codes cannot be decoded."""
-        if clip.data is None or source == "wav":
-            return clip
-        try:
-            return Clip(clip.info, check_codes(model, clip.data, clip.info[source]))
-        except ValueError as error:
-            return Clip(clip.info, error=str(error))
-
-    def convert(data: list[torch.Tensor]) -> list[tuple[torch.Tensor, torch.Tensor | None]]:
-        codes = data
-        if source == "wav":
-            codes = encode_waveforms(model, data, args.num_quantizers, max_batch_seconds=_MAX_BATCH_SECONDS)
-        if "reconstructed_wav" not in targets:
-            return [(clip_codes, None) for clip_codes in codes]
-        return list(zip(codes, decode_codes(model, codes, max_batch_seconds=_MAX_BATCH_SECONDS), strict=True))
-
-    def run_model(clips: list[Clip], packed: _Packed) -> _Results:
-        clips = [check(replace(clip, data=data)) for clip, data in zip(clips, packed.unpacked(), strict=True)]
-        failures = [f"{clip.info['key']}: {clip.error}" for clip in clips if clip.error is not None]
-        data = {index: clip.data for index, clip in enumerate(clips) if clip.data is not None}
-        begun = time.perf_counter()
-        results = convert_each(convert, [*data.values()])
-        timing = {"batch_size": len(data), "model_inference_time": time.perf_counter() - begun}
-        infos, codes, waveforms = [], [], []
-        for index, result in zip(data, results, strict=True):
-            info = clips[index].info
-            if isinstance(result, Exception):
-                failures.append(f"{info['key']}: {' '.join(str(result).split())}")
-                continue
-            infos.append(info | {"timing_stats": timing} if source == "wav" else info)
-            codes.append(result[0])
-            waveforms.append(result[1])
-        return _Results(
-            infos,
-            failures,
-            _Packed.of(codes) if "quantized_tokens" in targets else None,
-            _Packed.of(waveforms) if "reconstructed_wav" in targets else None,
-            sampling_rate,
-            sum(map(len, codes)) / model.config.frame_rate,
-        )
-
-    started = time.perf_counter()
-    seconds = 0.0
+    sampling_rate, frame_rate = model.config.sampling_rate, model.config.frame_rate
+    limits: dict[str, Any] = {"max_batch_seconds": _MAX_BATCH_SECONDS, "max_batch_clips": args.batch_size}
     failures: list[str] = []
-    saving: deque[Future[list[str]]] = deque()
+    started = batch_started = time.perf_counter()
+    seconds = 0.0
+
+    def fail(info: dict[str, Any], error: object) -> None:
+        failures.append(f"{info['key']}: {' '.join(str(error).split())}")
+        bar.update()
+
+    def read() -> Iterator[tuple[dict[str, Any], torch.Tensor]]:
+        for clips, packed in _batches(model, lines, args):
+            for clip, data in zip(clips, packed.unpacked(), strict=True):
+                try:
+                    if data is None:
+                        raise ValueError(clip.error)
+                    yield clip.info, data if source == "wav" else check_codes(model, data, clip.info[source])
+                except ValueError as error:
+                    fail(clip.info, error)
+
+    def tokenized() -> Iterator[tuple[tuple[dict[str, Any], torch.Tensor], torch.Tensor]]:
+        encoded = encode_stream(model, read(), args.num_quantizers, **limits) if source == "wav" else read()
+        for info, codes in encoded:
+            if isinstance(codes, torch.Tensor):
+                yield (info, codes), codes
+            else:
+                fail(info, codes)
+
+    def converted() -> Iterator[tuple[dict[str, Any], torch.Tensor, torch.Tensor | None]]:
+        if "reconstructed_wav" not in targets:
+            yield from ((info, codes, None) for (info, codes), _ in tokenized())
+            return
+        for (info, codes), waveform in decode_stream(model, tokenized(), **limits):
+            if isinstance(waveform, torch.Tensor):
+                yield info, codes, waveform
+            else:
+                fail(info, waveform)
+
+    def write(infos: list[dict[str, Any]], codes: list[Any], waveforms: list[Any]) -> Future[list[str]]:
+        packed = _Packed.of(codes if "quantized_tokens" in targets else [None] * len(codes))
+        return writers.submit(_Results(infos, packed, _Packed.of(waveforms), sampling_rate).save)
+
+    writing: deque[Future[Future[list[str]]]] = deque()
     with (
-        # Two batches at a time: one is made ready, or its results are taken, while a GPU is busy with the other.
-        _converter(model.device) as converter,
+        ThreadPoolExecutor(max_workers=1) as packer,
         tqdm(total=len(lines), unit="clip", disable=None if PartialState().is_main_process else True) as bar,
     ):
-        # Clips that fail are set aside: a process that stopped here would leave the others waiting for it.
-        batches = _batches(lines, source, sampling_rate, args)
-        for results in _in_turn(converter, lambda batch: run_model(*batch), batches):
-            saving.append(writers.submit(results.save))
-            failures += results.failures
-            seconds += results.seconds
-            bar.update(len(results.infos) + len(results.failures))
-            bar.set_postfix_str(f"{seconds / (time.perf_counter() - started):.0f} s of audio/s")
-            if len(saving) > 2 * _MAX_WRITERS:  # so that memory is bounded
-                failures += saving.popleft().result()
-    for each in saving:
-        failures += each.result()
+        results = converted()
+        while batch := [*itertools.islice(results, args.batch_size)]:
+            infos, codes, waveforms = map(list, zip(*batch, strict=True))
+            now = time.perf_counter()
+            if source == "wav":
+                timing = {"batch_size": len(batch), "model_inference_time": now - batch_started}
+                infos = [info | {"timing_stats": timing} for info in infos]
+            batch_started = now
+            writing.append(packer.submit(write, infos, codes, waveforms))
+            seconds += sum(map(len, codes)) / frame_rate
+            bar.update(len(batch))
+            bar.set_postfix_str(f"{seconds / (now - started):.0f} s of audio/s")
+            if len(writing) > 2 * _MAX_WRITERS:  # so that memory is bounded
+                failures += writing.popleft().result().result()
+        for each in writing:
+            failures += each.result().result()
     return seconds, failures
 
 
@@ -379,42 +377,22 @@ def _writers(device: torch.device) -> AbstractContextManager[Executor]:
     return worker_pool(max(1, min(_MAX_WRITERS, cores // 2)), __name__)
 
 
-def _converter(device: torch.device) -> ThreadPoolExecutor:
-    if device.type != "cuda":
-        return ThreadPoolExecutor(max_workers=1)
-    # Which GPU is current is each thread's own matter; "cuda" without a number is this thread's.
-    index = torch.cuda.current_device() if device.index is None else device.index
-    return ThreadPoolExecutor(max_workers=2, initializer=torch.cuda.set_device, initargs=(index,))
-
-
-def _in_turn(
-    executor: ThreadPoolExecutor, function: Callable[[Item], Result], items: Iterator[Item]
-) -> Iterator[Result]:
-    """The results in order; at most three items are under way, so that memory is bounded."""
-    running: deque[Future[Result]] = deque()
-    for item in items:
-        running.append(executor.submit(function, item))
-        if len(running) > 2:
-            yield running.popleft().result()
-    while running:
-        yield running.popleft().result()
-
-
 def _batches(
-    lines: Sequence[dict[str, Any]], source: str, sampling_rate: int, args: argparse.Namespace
+    model: MiMoAudioTokenizerModel, lines: Sequence[dict[str, Any]], args: argparse.Namespace
 ) -> Iterator[tuple[list[Clip], _Packed]]:
+    """Clips without their data, and that."""
     loader: DataLoader[Any] = DataLoader(
-        _Clips(lines, source, sampling_rate),
+        _Clips(lines, TASKS[args.task][0], model.config.sampling_rate),
         batch_size=args.batch_size,
         num_workers=args.num_workers,
         prefetch_factor=args.prefetch if args.num_workers else None,
         collate_fn=_pack,
+        pin_memory=model.device.type == "cuda",
     )
     return iter(loader)
 
 
 def _pack(clips: list[Clip]) -> tuple[list[Clip], _Packed]:
-    """Clips without their data, and that."""
     return [replace(clip, data=None) for clip in clips], _Packed.of([clip.data for clip in clips])
 
 
