@@ -98,7 +98,7 @@ def main() -> None:
     parser.add_argument("--clips", type=int, default=1676)
     parser.add_argument("--hours", type=float, default=6.0, help="of audio, at least")
     parser.add_argument("--batch-size", type=int, default=64)
-    parser.add_argument("--workers", type=int, default=14, help="reading processes")
+    parser.add_argument("--workers", type=int, default=6, help="reading processes")
     args = parser.parse_args()
 
     config = MiMoAudioTokenizerConfig(**PRESETS[args.preset])

@@ -26,6 +26,7 @@ BOXES: dict[str, tuple[str, ...]] = {
     ),
     "Files, sound, processes": ("files", "audio", "workers"),
     "Speed": (
+        "input_kernels",
         "attention_kernels",
         "product_kernels",
         "vocoder_kernels",

@@ -210,9 +210,12 @@ class MiMoAudioTokenizerFeatureExtractor(SequenceFeatureExtractor):
             center=False,
             return_complex=True,
         ).abs()
+        return (self.mel_filters(samples.device) @ spectrogram).clamp(min=LOG_MEL_FLOOR).log()
+
+    def mel_filters(self, device: torch.device) -> torch.Tensor:
+        """(n_mels, nfft // 2 + 1), see [`mel_filters`]."""
         fmax = self.sampling_rate / 2 if self.fmax is None else self.fmax
-        filters = mel_filters(self.sampling_rate, self.nfft, self.feature_size, self.fmin, fmax, samples.device)
-        return (filters @ spectrogram).clamp(min=LOG_MEL_FLOOR).log()
+        return mel_filters(self.sampling_rate, self.nfft, self.feature_size, self.fmin, fmax, device)
 
     def __call__(
         self,

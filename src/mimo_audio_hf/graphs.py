@@ -18,13 +18,14 @@ from typing import Any, TypeVar, cast
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from transformers.utils import logging
 
 from .feature_extraction_mimo_audio_tokenizer import MiMoAudioTokenizerFeatureExtractor, upload
 from .modeling_mimo_audio_tokenizer import (
     MiMoAudioTokenizerDecoder,
     MiMoAudioTokenizerModel,
-    PackedSequences,
+    Place,
     gather_rows,
     not_finite_error,
 )
@@ -350,19 +351,22 @@ class GraphRunner:
         codes_total = (frames_total + clips * (config.avg_pooler - 1)) // config.avg_pooler
         totals = (shape.total, frames_total, codes_total)
         longest = (shape.longest, encoder.frame_length(shape.longest), encoder.code_length(shape.longest))
-        mel, frames, codes = (
-            _fill(torch.where(is_there, each, 0), total, min(total, most + clips + 1))
-            for each, total, most in zip((mel_lengths, frame_lengths, code_lengths), totals, longest, strict=True)
+        layout = encoder.layout_of(
+            *(
+                _fill(torch.where(is_there, each, 0), total, min(total, most + clips + 1))
+                for each, total, most in zip((mel_lengths, frame_lengths, code_lengths), totals, longest, strict=True)
+            )
         )
         if shape.inputs == "waveforms":
-            nothing = lengths.new_zeros(1)
-            inputs = self._extractor.log_mel_of_packed(
-                inputs, torch.cat([lengths, nothing]), mel.lengths.long(), shape.total
-            )
-        broken = lengths.new_zeros(clips + 1).index_add_(0, mel.sequence_ids, (~inputs.isfinite().all(-1)).long())
+            starts = F.pad(lengths.cumsum(0, dtype=torch.int32), (1, 1))
+            starts[-1] = starts[-2]  # the filler has no samples
+            inputs = encoder.log_mel(inputs, starts, layout.mel)
+        broken = lengths.new_zeros(clips + 1).index_add_(
+            0, layout.mel.sequence_ids, (~inputs.isfinite().all(-1)).long()
+        )
         backend = self._model.attention_backend(inputs.device)
         dtype = self._model.weight_dtype
-        features = encoder(inputs.to(dtype), encoder.layout_of(mel, frames, codes), backend)
+        features = encoder(inputs.to(dtype), layout, backend)
         return encoder.quantizer.encode(features, shape.num_quantizers, dtype), broken
 
     def _decode(self, shape: _Shape, inputs: torch.Tensor, lengths: torch.Tensor) -> Outputs:
@@ -376,17 +380,17 @@ class GraphRunner:
             strict=True,
         )
         beyond = decoder.level_lengths(0)[2] * clips
-        sequences = []
+        places = []
         for number, (each, total, most) in enumerate(levels):
             total += beyond if number == 2 else 0
-            sequences.append(_fill(torch.where(lengths > 0, each, 0), total, min(total, most + beyond)))
+            places.append(_fill(torch.where(lengths > 0, each, 0), total, min(total, most + beyond)))
         dtype = self._model.weight_dtype
         features = self._model.encoder.quantizer.decode(inputs, dtype).to(dtype)
         backend = self._model.attention_backend(device)
-        samples = decoder(features, decoder.layout_of(*sequences), backend).flatten()
+        samples = decoder(features, decoder.layout_of(*places), backend).flatten()
         return samples, None
 
 
-def _fill(lengths: torch.Tensor, total: int, longest: int) -> PackedSequences:
+def _fill(lengths: torch.Tensor, total: int, longest: int) -> Place:
     """Clips, and one more that takes what is left of `total`."""
-    return PackedSequences.from_tensor(torch.cat([lengths, (total - lengths.sum())[None]]), total, longest)
+    return Place.of_tensor(torch.cat([lengths, (total - lengths.sum())[None]]), total, longest)

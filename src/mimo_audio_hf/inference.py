@@ -19,8 +19,8 @@ import numpy as np
 import torch
 
 from .audio import as_tensor, is_finite
-from .feature_extraction_mimo_audio_tokenizer import MiMoAudioTokenizerFeatureExtractor, upload
-from .modeling_mimo_audio_tokenizer import MiMoAudioTokenizerModel, check_code_range
+from .feature_extraction_mimo_audio_tokenizer import MiMoAudioTokenizerFeatureExtractor
+from .modeling_mimo_audio_tokenizer import MiMoAudioTokenizerModel, Place, check_code_range
 
 
 logger = logging.getLogger(__name__)
@@ -147,9 +147,11 @@ def encode_packed(
     frames = [extractor.num_frames(length) for length in lengths]
     if model.graphs is not None and model.graphs.takes(frames):
         return model.graphs.encode_waveforms(samples, lengths, books)
-    sizes, mel_lengths = upload(torch.tensor([[*lengths], frames], device="cpu"), samples.device)
-    mels = extractor.log_mel_of_packed(samples, sizes, mel_lengths, sum(frames))
-    layout = model.encoder_layout(frames, samples.device)
+    sizes, mel_frames = torch.tensor([[*lengths], frames], device="cpu")
+    levels = torch.stack([sizes, *model.encoder.level_lengths(mel_frames)])
+    clips, *places = Place.of_levels(levels, samples.device)
+    layout = model.encoder.layout_of(*places)
+    mels = model.encoder.log_mel(samples, clips.cu_seqlens, layout.mel)
     # This class's own: that of `compat` has other arguments.
     return MiMoAudioTokenizerModel.encode(model, mels, num_quantizers=books, layout=layout).audio_codes
 

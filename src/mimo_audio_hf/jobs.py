@@ -44,7 +44,7 @@ from .modeling_mimo_audio_tokenizer import MiMoAudioTokenizerModel
 from .optimization import optimize_for_inference
 from .shards import ShardDirectory, ShardWriter, first_repeated
 from .sources import AUDIO_COLUMNS, Problem, Row, Source, open_source
-from .workers import available_cores
+from .workers import available_cores, give_way
 
 
 CODES_COLUMNS = ("audio_codes",)
@@ -648,6 +648,7 @@ def _read_ahead(reader: _Reader, units: Iterable[int], num_workers: int, pin_mem
             collate_fn=_as_it_is,  # type: ignore[arg-type] # (called without batches)
             in_order=False,
             pin_memory=pin_memory,
+            worker_init_fn=give_way,
         )
         try:
             for chunk in loader:

@@ -40,6 +40,32 @@ Length = TypeVar("Length", int, torch.Tensor)
 # --- Packed clips ---
 
 
+class Place(NamedTuple):
+    """Where clips lie, without what follows from it for each frame; see [`PackedSequences`]."""
+
+    cu_seqlens: torch.Tensor
+    total: int
+    max_seqlen: int
+
+    @classmethod
+    def of_levels(cls, levels: torch.Tensor, device: torch.device | str | None = None) -> list[Place]:
+        """Of clips at several frame rates, lengths (levels, clips) on the host, in one copy from there."""
+        clips = levels.shape[1]
+        # Each row begins at a multiple of 16 bytes, for kernels are built anew for addresses that are none.
+        starts = F.pad(levels.cumsum(1), (1, -(clips + 1) % 4)).int()
+        totals, longest = starts[:, clips].tolist(), levels.amax(1).tolist()
+        rows = upload(starts, device)[:, : clips + 1]
+        return [cls(*row) for row in zip(rows, totals, longest, strict=True)]
+
+    @classmethod
+    def of_tensor(cls, lengths: torch.Tensor, total: int, max_seqlen: int) -> Place:
+        """Of lengths (clips,) that their device alone knows, but for their sum and the longest, or more.
+
+        A length may be 0.
+        """
+        return cls(F.pad(lengths.cumsum(0, dtype=torch.int32), (1, 0)), total, max_seqlen)
+
+
 @dataclass(frozen=True, eq=False)
 class PackedSequences:
     """Where the clips of a batch lie in a (total_frames, ...) tensor.
@@ -59,31 +85,19 @@ class PackedSequences:
     @classmethod
     def from_lengths(cls, lengths: Sequence[int], device: torch.device | str | None = None) -> PackedSequences:
         """Sequences of the given lengths, in frames; from the host, so that no layer has to ask the GPU for them."""
-        return cls.of_levels(torch.tensor([[*lengths]], device="cpu"), device)[0]
-
-    @classmethod
-    def of_levels(cls, levels: torch.Tensor, device: torch.device | str | None = None) -> list[PackedSequences]:
-        """As [`from_lengths`], of clips at several frame rates, (levels, clips), in one copy from the host."""
-        clips = levels.shape[1]
-        # Each row begins at a multiple of 16 bytes, for kernels are built anew for addresses that are none.
-        starts = F.pad(levels.cumsum(1), (1, -(clips + 1) % 4)).int()
-        totals, longest = starts[:, clips].tolist(), levels.amax(1).tolist()
-        rows = upload(starts, device)[:, : clips + 1]
-        return [cls._of(*row) for row in zip(rows, totals, longest, strict=True)]
+        return cls.at(Place.of_levels(torch.tensor([[*lengths]], device="cpu"), device)[0])
 
     @classmethod
     def from_tensor(cls, lengths: torch.Tensor, total: int, max_seqlen: int) -> PackedSequences:
-        """Sequences of lengths (clips,) that their device alone knows, but for their sum and the longest, or more.
-
-        A length may be 0.
-        """
-        return cls._of(F.pad(lengths.cumsum(0, dtype=torch.int32), (1, 0)), total, max_seqlen)
+        """Sequences of lengths that their device alone knows, as in [`Place.of_tensor`]."""
+        return cls.at(Place.of_tensor(lengths, total, max_seqlen))
 
     @classmethod
-    def _of(cls, cu_seqlens: torch.Tensor, total: int, max_seqlen: int) -> PackedSequences:
-        frames = torch.arange(total, device=cu_seqlens.device, dtype=torch.int32)
-        sequence_ids = torch.searchsorted(cu_seqlens[1:], frames, right=True)
-        return cls(cu_seqlens, max_seqlen, frames - cu_seqlens[sequence_ids], sequence_ids)
+    def at(cls, place: Place) -> PackedSequences:
+        """Sequences that lie there."""
+        frames = torch.arange(place.total, device=place.cu_seqlens.device, dtype=torch.int32)
+        sequence_ids = torch.searchsorted(place.cu_seqlens[1:], frames, right=True)
+        return cls(place.cu_seqlens, place.max_seqlen, frames - place.cu_seqlens[sequence_ids], sequence_ids)
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> PackedSequences:
         return _dataclass_to(self, device, non_blocking)
@@ -814,6 +828,10 @@ class MiMoAudioTokenizerResidualVectorQuantizer(nn.Module):
 class MiMoAudioTokenizerEncoder(MiMoAudioTokenizerStack):
     """Log-mel frames at 100 Hz to features at 25 Hz, ready to be quantized."""
 
+    # Other ways to the layout, and from packed samples to log-mels.
+    optimized_layout: Callable[..., MiMoAudioTokenizerEncoderLayout] | None = None
+    optimized_log_mel: Callable[..., torch.Tensor] | None = None
+
     def __init__(self, config: MiMoAudioTokenizerConfig) -> None:
         windows = [config.encoder_attn_window_size] * config.encoder_layers
         if config.hybrid_attention:
@@ -849,14 +867,18 @@ class MiMoAudioTokenizerEncoder(MiMoAudioTokenizerStack):
     def layout(
         self, lengths: Sequence[int], device: torch.device | str | None = None
     ) -> MiMoAudioTokenizerEncoderLayout:
-        mel = torch.tensor(lengths, device="cpu")
-        levels = torch.stack([mel, self.frame_length(mel), self.code_length(mel)])
-        return self.layout_of(*PackedSequences.of_levels(levels, device))
+        levels = torch.stack(self.level_lengths(torch.tensor(lengths, device="cpu")))
+        return self.layout_of(*Place.of_levels(levels, device))
 
-    def layout_of(
-        self, mel: PackedSequences, frames: PackedSequences, codes: PackedSequences
-    ) -> MiMoAudioTokenizerEncoderLayout:
-        """The layout of clips whose places at 100, 50 and 25 Hz are known."""
+    def level_lengths(self, length: Length) -> tuple[Length, Length, Length]:
+        """Mel frames of a clip, the layers' and code frames. A tensor has them of many clips."""
+        return length, self.frame_length(length), self.code_length(length)
+
+    def layout_of(self, *places: Place) -> MiMoAudioTokenizerEncoderLayout:
+        """The layout of clips whose places at all levels are known."""
+        if self.optimized_layout is not None:
+            return self.optimized_layout(self, places)
+        mel, frames, codes = map(PackedSequences.at, places)
         kernel, stride, pooler = self.config.kernel_size, self.config.stride_size, self.config.avg_pooler
         return MiMoAudioTokenizerEncoderLayout(
             mel=mel,
@@ -880,6 +902,18 @@ class MiMoAudioTokenizerEncoder(MiMoAudioTokenizerStack):
             hidden_states, layout.frames, backend, all_hidden_states, self.config.encoder_skip_layer_id
         )
         return self.pool(hidden_states, layout.pool_index)
+
+    def log_mel(self, samples: torch.Tensor, cu_samples: torch.Tensor, mel: PackedSequences) -> torch.Tensor:
+        """Clips end to end, (total_samples,) float32, to what `encode` takes, (total_frames, n_mels).
+
+        `cu_samples`, (clips + 1,) int32, says where clips begin, `mel` how many frames they have: what a clip has more
+        than its samples give is silence.
+        """
+        extractor = MiMoAudioTokenizerFeatureExtractor.from_config(self.config)
+        if self.optimized_log_mel is not None:
+            return self.optimized_log_mel(extractor, samples, cu_samples, mel)
+        lengths, frames = (each.diff().long() for each in (cu_samples, mel.cu_seqlens))
+        return extractor.log_mel_of_packed(samples, lengths, frames, mel.total)
 
     def stem(self, input_features: torch.Tensor, conv1_index: torch.Tensor, conv2_index: torch.Tensor) -> torch.Tensor:
         """Log-mel frames to what the layers take."""
@@ -977,6 +1011,9 @@ class MiMoAudioTokenizerVocoder(MiMoAudioTokenizerStack):
 class MiMoAudioTokenizerDecoder(MiMoAudioTokenizerStack):
     """Quantized features at 25 Hz to samples."""
 
+    # Another way to the layout.
+    optimized_layout: Callable[..., MiMoAudioTokenizerDecoderLayout] | None = None
+
     def __init__(self, config: MiMoAudioTokenizerConfig) -> None:
         super().__init__(
             config,
@@ -997,7 +1034,7 @@ class MiMoAudioTokenizerDecoder(MiMoAudioTokenizerStack):
         self, lengths: Sequence[int], device: torch.device | str | None = None
     ) -> MiMoAudioTokenizerDecoderLayout:
         levels = torch.stack(self.level_lengths(torch.tensor(lengths, device="cpu")))
-        return self.layout_of(*PackedSequences.of_levels(levels, device))
+        return self.layout_of(*Place.of_levels(levels, device))
 
     def level_lengths(self, length: Length) -> tuple[Length, Length, Length, Length, Length]:
         """Code frames of a clip, and what they become: the layers' frames, mel frames before and after the cut, and
@@ -1009,15 +1046,11 @@ class MiMoAudioTokenizerDecoder(MiMoAudioTokenizerStack):
         uncut = mel + config.decoder_kernel_size - config.decoder_stride_size
         return length, frames, uncut, mel, mel * (config.hop_length // self.vocoder.head.istft.block)
 
-    def layout_of(
-        self,
-        codes: PackedSequences,
-        frames: PackedSequences,
-        uncut: PackedSequences,
-        mel: PackedSequences,
-        audio: PackedSequences,
-    ) -> MiMoAudioTokenizerDecoderLayout:
+    def layout_of(self, *places: Place) -> MiMoAudioTokenizerDecoderLayout:
         """The layout of clips whose places at all levels are known."""
+        if self.optimized_layout is not None:
+            return self.optimized_layout(self, places)
+        codes, frames, uncut, mel, audio = map(PackedSequences.at, places)
         config, istft = self.config, self.vocoder.head.istft
         pooler, kernel, stride = config.avg_pooler, config.decoder_kernel_size, config.decoder_stride_size
         pieces, blocks_a_hop = config.nfft // istft.block, config.hop_length // istft.block
@@ -1254,7 +1287,8 @@ class MiMoAudioTokenizerModel(MiMoAudioTokenizerPreTrainedModel):
         """Takes back what `mimo_audio_hf.optimize_for_inference` did, but for freezing."""
         self.graphs = None
         for module in self.modules():
-            vars(module).pop("optimized", None)
+            for name in ("optimized", "optimized_layout", "optimized_log_mel"):
+                vars(module).pop(name, None)
 
     def _apply(self, *args: Any, **kwargs: Any) -> Any:
         self.drop_optimizations()  # moved or cast
@@ -1747,4 +1781,5 @@ __all__ = [
     "MiMoAudioTokenizerOutput",
     "MiMoAudioTokenizerPreTrainedModel",
     "PackedSequences",
+    "Place",
 ]

@@ -43,7 +43,7 @@ from .jobs import lost_processes_named
 from .modeling_mimo_audio_tokenizer import MiMoAudioTokenizerModel
 from .optimization import optimize_for_inference
 from .quantization import QUANTIZATIONS
-from .workers import available_cores, worker_pool
+from .workers import available_cores, give_way, worker_pool
 
 
 # What a line of the list has to name: what is read and what is written.
@@ -374,7 +374,7 @@ def _writers(device: torch.device) -> AbstractContextManager[Executor]:
     if device.type != "cuda":
         return ThreadPoolExecutor(max_workers=1)
     cores = available_cores() // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-    return worker_pool(max(1, min(_MAX_WRITERS, cores // 2)), __name__)
+    return worker_pool(max(1, min(_MAX_WRITERS, cores // 2)), "mimo_audio_hf.offline")  # also where it is __main__
 
 
 def _batches(
@@ -388,6 +388,7 @@ def _batches(
         prefetch_factor=args.prefetch if args.num_workers else None,
         collate_fn=_pack,
         pin_memory=model.device.type == "cuda",
+        worker_init_fn=give_way,
     )
     return iter(loader)
 

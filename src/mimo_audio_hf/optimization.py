@@ -72,11 +72,16 @@ def optimize_for_inference(
 
 
 def _install_kernels(model: MiMoAudioTokenizerModel) -> None:
-    from . import fused, vocoder_kernels  # which import Triton
+    from . import fused, input_kernels, vocoder_kernels  # which import Triton
 
     dtype = model.encoder.conv1.weight.dtype
     entries = [codebook.entries(dtype) for codebook in model.encoder.quantizer.codebooks]
     model.encoder.quantizer.optimized = fused.ResidualSearch(entries, dtype)
+    model.encoder.optimized_layout = input_kernels.encoder_layout
+    if model.config.window_size == model.config.nfft:
+        model.encoder.optimized_log_mel = input_kernels.log_mel
+    if model.decoder is not None:
+        model.decoder.optimized_layout = input_kernels.decoder_layout
     for module in model.modules():
         if isinstance(module, PackedGroupNorm):
             module.optimized = vocoder_kernels.group_norm

@@ -19,6 +19,12 @@ def available_cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
+def give_way(worker: int = 0) -> None:
+    """Called in a process that works for the one that runs the model: that goes first where cores are scarce."""
+    if hasattr(os, "nice"):
+        os.nice(10)
+
+
 @contextmanager
 def worker_pool(
     workers: int, preload: str, initializer: Callable[[], None] | None = None
@@ -46,6 +52,7 @@ def worker_pool(
 
 def _start(initializer: Callable[[], None] | None) -> None:
     """There may be as many workers as cores: each uses one. It ends with the process that started it, in any case."""
+    give_way()
     torch.set_num_threads(1)
     if initializer is not None:
         initializer()
