@@ -84,12 +84,11 @@ def test_log_mel():
     samples = torch.randn(sum(sizes), device=DEVICE) * 0.1
     frames = [extractor.num_frames(size) for size in sizes]
     frames[3] = 9  # of silence
-    mel = modeling.PackedSequences.from_lengths(frames, DEVICE)
-    cu_samples = modeling.PackedSequences.from_tensor(torch.tensor(sizes, device=DEVICE), sum(sizes), 1).cu_seqlens
-    expected = model.encoder.log_mel(samples, cu_samples, mel)
+    places = modeling.Place.of_levels(torch.tensor([sizes, frames]), DEVICE)
+    expected = model.encoder.log_mel(samples, *places)
     model.encoder.optimized_log_mel = input_kernels.log_mel
     # Sums in another order. (The samples are loud enough for every bin: the logarithm does not magnify much.)
-    torch.testing.assert_close(model.encoder.log_mel(samples, cu_samples, mel), expected, rtol=0, atol=2e-4)
+    torch.testing.assert_close(model.encoder.log_mel(samples, *places), expected, rtol=0, atol=2e-4)
     alone = [extractor.log_mel_spectrogram(clip).t() for clip in samples.split(sizes) if len(clip)]
     silence = torch.full((9, 128), 1e-7, device=DEVICE).log()
     alone.insert(3, silence)

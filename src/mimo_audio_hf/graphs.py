@@ -18,7 +18,6 @@ from typing import Any, TypeVar, cast
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from transformers.utils import logging
 
 from .feature_extraction_mimo_audio_tokenizer import MiMoAudioTokenizerFeatureExtractor, upload
@@ -351,16 +350,14 @@ class GraphRunner:
         codes_total = (frames_total + clips * (config.avg_pooler - 1)) // config.avg_pooler
         totals = (shape.total, frames_total, codes_total)
         longest = (shape.longest, encoder.frame_length(shape.longest), encoder.code_length(shape.longest))
-        layout = encoder.layout_of(
-            *(
-                _fill(torch.where(is_there, each, 0), total, min(total, most + clips + 1))
-                for each, total, most in zip((mel_lengths, frame_lengths, code_lengths), totals, longest, strict=True)
-            )
-        )
+        places = [
+            _fill(torch.where(is_there, each, 0), total, min(total, most + clips + 1))
+            for each, total, most in zip((mel_lengths, frame_lengths, code_lengths), totals, longest, strict=True)
+        ]
+        layout = encoder.layout_of(*places)
         if shape.inputs == "waveforms":
-            starts = F.pad(lengths.cumsum(0, dtype=torch.int32), (1, 1))
-            starts[-1] = starts[-2]  # the filler has no samples
-            inputs = encoder.log_mel(inputs, starts, layout.mel)
+            filled = torch.cat([lengths, lengths.new_zeros(1)])  # the filler has no samples
+            inputs = encoder.log_mel(inputs, Place.of_tensor(filled, len(inputs), len(inputs)), places[0])
         broken = lengths.new_zeros(clips + 1).index_add_(
             0, layout.mel.sequence_ids, (~inputs.isfinite().all(-1)).long()
         )

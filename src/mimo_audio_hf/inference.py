@@ -150,8 +150,8 @@ def encode_packed(
     sizes, mel_frames = torch.tensor([[*lengths], frames], device="cpu")
     levels = torch.stack([sizes, *model.encoder.level_lengths(mel_frames)])
     clips, *places = Place.of_levels(levels, samples.device)
+    mels = model.encoder.log_mel(samples, clips, places[0])  # first, so that the GPU has something to do
     layout = model.encoder.layout_of(*places)
-    mels = model.encoder.log_mel(samples, clips.cu_seqlens, layout.mel)
     # This class's own: that of `compat` has other arguments.
     return MiMoAudioTokenizerModel.encode(model, mels, num_quantizers=books, layout=layout).audio_codes
 

@@ -216,21 +216,18 @@ def _window(size: int, device: torch.device) -> torch.Tensor:
 
 
 def log_mel(
-    extractor: MiMoAudioTokenizerFeatureExtractor,
-    samples: torch.Tensor,
-    cu_samples: torch.Tensor,
-    mel: PackedSequences,
+    extractor: MiMoAudioTokenizerFeatureExtractor, samples: torch.Tensor, clips: Place, mel: Place
 ) -> torch.Tensor:
     """As the encoder's own, for windows as long as the transform."""
     frames = samples.new_empty(mel.total, extractor.nfft)
     with torch.cuda.device_of(samples):
         _frames_kernel[(mel.total,)](
             samples,
-            cu_samples,
+            clips.cu_seqlens,
             mel.cu_seqlens,
             _window(extractor.nfft, samples.device),
             frames,
-            len(mel),
+            len(mel.cu_seqlens) - 1,
             nfft=extractor.nfft,
             hop=extractor.hop_length,
             BLOCK=triton.next_power_of_2(extractor.nfft),

@@ -231,7 +231,10 @@ class PackedConvTranspose1d(nn.ConvTranspose1d):
     def forward(self, hidden_states: torch.Tensor, index: torch.Tensor) -> torch.Tensor:  # type: ignore[override]
         products = F.linear(hidden_states, self.weight.permute(2, 1, 0).flatten(0, 1))
         products = products.view(-1, self.out_channels)
-        outputs = gather_rows(products, index).sum(1)
+        if self.kernel_size == self.stride and len(index) == len(products):  # each is an output, and in its place
+            outputs = products
+        else:
+            outputs = gather_rows(products, index).sum(1)
         return outputs if self.bias is None else outputs + self.bias
 
 
@@ -903,16 +906,16 @@ class MiMoAudioTokenizerEncoder(MiMoAudioTokenizerStack):
         )
         return self.pool(hidden_states, layout.pool_index)
 
-    def log_mel(self, samples: torch.Tensor, cu_samples: torch.Tensor, mel: PackedSequences) -> torch.Tensor:
+    def log_mel(self, samples: torch.Tensor, clips: Place, mel: Place) -> torch.Tensor:
         """Clips end to end, (total_samples,) float32, to what `encode` takes, (total_frames, n_mels).
 
-        `cu_samples`, (clips + 1,) int32, says where clips begin, `mel` how many frames they have: what a clip has more
-        than its samples give is silence.
+        `clips` says where they lie, `mel` where their frames do: what a clip has more than its samples give is
+        silence.
         """
         extractor = MiMoAudioTokenizerFeatureExtractor.from_config(self.config)
         if self.optimized_log_mel is not None:
-            return self.optimized_log_mel(extractor, samples, cu_samples, mel)
-        lengths, frames = (each.diff().long() for each in (cu_samples, mel.cu_seqlens))
+            return self.optimized_log_mel(extractor, samples, clips, mel)
+        lengths, frames = (place.cu_seqlens.diff().long() for place in (clips, mel))
         return extractor.log_mel_of_packed(samples, lengths, frames, mel.total)
 
     def stem(self, input_features: torch.Tensor, conv1_index: torch.Tensor, conv2_index: torch.Tensor) -> torch.Tensor:
