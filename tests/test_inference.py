@@ -260,6 +260,7 @@ def test_progress_counts_the_seconds_of_every_batch(tiny_model, waveforms, codes
         (torch.zeros(2, 100), "mono"),
         (torch.zeros(100, dtype=torch.int16), "int16"),
         (torch.full((100,), math.nan), "NaN"),
+        (torch.tensor([0.0, 1e300], dtype=torch.float64), "NaN or infinite"),  # in float32
         (torch.full((100,), math.inf), "infinite"),
     ],
 )

@@ -452,7 +452,7 @@ def check_waveform(waveform: Any, name: str = "waveform") -> torch.Tensor:
         raise ValueError(f"{name} has shape {shape}; accepted: mono, (samples,), not empty")
     if not waveform.is_floating_point():
         raise ValueError(f"{name} is {waveform.dtype}; accepted: floats in [-1, 1]")
-    if not is_finite(waveform):
+    if not is_finite(torch.stack(waveform.aminmax()).float()):  # float64 may be finite beyond float32
         raise ValueError(f"{name} holds NaN or infinite samples; accepted: finite samples")
     return waveform
 
