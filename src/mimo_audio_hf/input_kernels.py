@@ -234,4 +234,6 @@ def log_mel(
             STEPS=STEPS,
         )
     magnitudes = torch.fft.rfft(frames).abs()
-    return (magnitudes @ extractor.mel_filters(samples.device).t()).clamp_(min=LOG_MEL_FLOOR).log_()
+    # The product as the extractor has it, whose sums are then in the same order.
+    mel = extractor.mel_filters(samples.device) @ magnitudes.t()
+    return mel.clamp_(min=LOG_MEL_FLOOR).log_().t().contiguous()
