@@ -182,3 +182,12 @@ def test_one_file_under_two_spellings(tmp_path, tiny_checkpoint, lines, capfd):
     lines[3]["quantized_tokens"] = str(tmp_path / "out" / ".." / "out" / "1.json")
     assert main(arguments(tmp_path, tiny_checkpoint, lines, "wav2token")) == 1
     assert "lines 2 and 4 both write" in capfd.readouterr().err
+
+
+def test_an_interruption_is_said_in_one_line(tmp_path, tiny_checkpoint, lines, capsys, monkeypatch):
+    def interrupt(*args, **kwargs):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(offline, "encode_stream", interrupt)
+    assert main(arguments(tmp_path, tiny_checkpoint, lines, "wav2token")) == 130
+    assert capsys.readouterr().err == "mimo_audio_tokenizer: error: interrupted\n"

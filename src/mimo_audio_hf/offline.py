@@ -239,7 +239,7 @@ def make_parser() -> argparse.ArgumentParser:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command line. Returns the exit status: 0, or 1 if anything failed."""
+    """Run the command line. Returns the exit status: 0, 1 if anything failed, or 130 if it was interrupted."""
     args = make_parser().parse_args(argv)
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
@@ -248,6 +248,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except (ValueError, OSError) as error:
         print(f"mimo_audio_tokenizer: error: {error}", file=sys.stderr)
         return 1
+    except KeyboardInterrupt:
+        print("mimo_audio_tokenizer: error: interrupted", file=sys.stderr)
+        return 130  # as a shell counts it
     return 1 if failures else 0
 
 
