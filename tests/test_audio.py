@@ -641,3 +641,11 @@ def test_save_replaces_a_file(tmp_path):
     save_audio(path, torch.zeros(10), RATE)
     assert len(load_audio(path)) == 10
     assert os.listdir(tmp_path) == ["out.wav"]
+
+
+def test_audio_that_is_finite_until_it_is_resampled(tmp_path):
+    path = tmp_path / "loud.wav"
+    sf.write(path, np.random.default_rng(0).choice(np.float32([3.3e38, -3.3e38]), 44100), 44100, "FLOAT")
+    assert len(load_audio(path, 44100)) == 44100
+    with pytest.raises(ValueError, match="loud.wav: too loud to be resampled in float32; accepted"):
+        load_audio(path, 24000)

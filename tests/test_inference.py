@@ -15,8 +15,10 @@ from mimo_audio_hf.checkpoints import PRESETS
 from mimo_audio_hf.inference import (
     _lie_end_to_end,
     _run_in_batches,
+    _to_device,
     convert_each,
     decode_codes,
+    encode_stream,
     encode_waveforms,
     group_by_seconds,
 )
@@ -379,6 +381,26 @@ def test_a_full_group_waits_for_no_other_item():
     assert next(groups) == [1.0, 2.0]
     assert next(items) == 3.0
     assert list(groups) == [[4.0], [5.0]]
+
+
+@pytest.mark.parametrize("max_batch_clips", [0, -1, 1.5])
+def test_a_number_of_clips_that_is_none(tiny_model, waveforms, max_batch_clips):
+    with pytest.raises(ValueError, match="max_batch_clips"):
+        list(encode_stream(tiny_model, enumerate(waveforms), max_batch_clips=max_batch_clips))
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
+@pytest.mark.parametrize("chosen", [slice(0, 3), slice(1, 3), slice(0, 3, 2)])
+def test_what_readers_hand_on_in_pinned_memory_reaches_a_gpu(chosen):
+    """Neighbours as they lie, others one by one; also where the memory is given back and used again at once."""
+    for size in ([300000, 1, 7], [3, 300000, 5]):
+        clips = torch.rand(sum(size)).pin_memory().split(size)[chosen]
+        expected = torch.cat(clips).clone()
+        on_gpu = _to_device(clips, torch.device("cuda"))
+        del clips
+        torch.empty(sum(size), pin_memory=True).zero_()
+        assert torch.equal(on_gpu.cpu(), expected)
 
 
 def test_only_neighbours_in_memory_are_taken_as_one():

@@ -66,13 +66,23 @@ def test_layouts(lengths, options):
 def test_layouts_with_empty_clips_of_lengths_that_the_device_alone_knows():
     model = make_model()
     lengths = torch.tensor([0, 4, 0, 0, 300, 0], device=DEVICE)
-    places = [
-        modeling.Place.of_tensor(each, int(each.sum()), 1 + int(each.max()))
+    bounds = [
+        modeling.PackedBounds.of_tensor(each, int(each.sum()), 1 + int(each.max()))
         for each in model.decoder.level_lengths(lengths)
     ]
-    check_equal(input_kernels.decoder_layout(model.decoder, places), model.decoder.layout_of(*places))
-    places = [modeling.Place.of_tensor(each, int(each.sum()), int(each.max())) for each in (lengths, lengths, lengths)]
-    check_equal(input_kernels.encoder_layout(model.encoder, places), model.encoder.layout_of(*places))
+    check_equal(input_kernels.decoder_layout(model.decoder, bounds), model.decoder.layout_of(*bounds))
+    bounds = [
+        modeling.PackedBounds.of_tensor(each, int(each.sum()), int(each.max())) for each in (lengths, lengths, lengths)
+    ]
+    check_equal(input_kernels.encoder_layout(model.encoder, bounds), model.encoder.layout_of(*bounds))
+
+
+def test_layouts_whose_later_levels_have_more_frames():
+    """As a filler can make them."""
+    model = make_model()
+    lengths = torch.tensor([[3, 0, 7], [300, 5, 600], [1, 900, 70]], device=DEVICE)
+    bounds = [modeling.PackedBounds.of_tensor(each, int(each.sum()), int(each.max())) for each in lengths]
+    check_equal(input_kernels.encoder_layout(model.encoder, bounds), model.encoder.layout_of(*bounds))
 
 
 def test_log_mel():
@@ -84,11 +94,11 @@ def test_log_mel():
     samples = torch.randn(sum(sizes), device=DEVICE) * 0.1
     frames = [extractor.num_frames(size) for size in sizes]
     frames[3] = 9  # of silence
-    places = modeling.Place.of_levels(torch.tensor([sizes, frames]), DEVICE)
-    expected = model.encoder.log_mel(samples, *places)
+    bounds = modeling.PackedBounds.of_levels(torch.tensor([sizes, frames]), DEVICE)
+    expected = model.encoder.log_mel(samples, *bounds)
     model.encoder.optimized_log_mel = input_kernels.log_mel
     # Sums in another order. (The samples are loud enough for every bin: the logarithm does not magnify much.)
-    torch.testing.assert_close(model.encoder.log_mel(samples, *places), expected, rtol=0, atol=2e-4)
+    torch.testing.assert_close(model.encoder.log_mel(samples, *bounds), expected, rtol=0, atol=2e-4)
     alone = [extractor.log_mel_spectrogram(clip).t() for clip in samples.split(sizes) if len(clip)]
     silence = torch.full((9, 128), 1e-7, device=DEVICE).log()
     alone.insert(3, silence)

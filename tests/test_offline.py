@@ -9,12 +9,14 @@ import sys
 from contextlib import contextmanager
 from pathlib import Path
 
+import numpy as np
 import pytest
 import soundfile
 import torch
 
 from mimo_audio_hf import decode_codes, encode_waveforms, load_audio, offline
 from mimo_audio_hf.inference import encode_packed
+from mimo_audio_hf.jobs import lost_processes_named
 from mimo_audio_hf.offline import load_tokens, main, save_tokens
 from mimo_audio_hf.workers import worker_pool
 
@@ -143,6 +145,47 @@ def test_other_processes_write_as_threads_do(tmp_path, tiny_checkpoint, tiny_mod
     check(done, tiny_model, tokens=True, audio=True)
 
 
+def test_audio_that_is_too_loud_does_not_take_its_batch_along(tmp_path, tiny_checkpoint, tiny_model, lines, capfd):
+    loud = np.random.default_rng(0).choice(np.float32([3.3e38, -3.3e38]), 44100)
+    soundfile.write(lines[1]["wav"], loud, 44100, "FLOAT")
+    assert main(arguments(tmp_path, tiny_checkpoint, lines, "wav2token")) == 1
+    output = capfd.readouterr()
+    assert "failed: clip1: " in output.err
+    assert "too loud" in output.err
+    assert "wav2token: 6 of 7 clips" in output.out
+    check([line for line in lines if line["key"] != "clip1"], tiny_model, tokens=True, audio=False)
+
+
+def test_whatever_keeps_a_clip_from_being_written_is_its_own_failure(
+    tmp_path, tiny_checkpoint, tiny_model, lines, capfd, monkeypatch
+):
+    def save(path, codes, info):
+        if info["key"] == "clip1":
+            raise MemoryError
+        save_tokens(path, codes, info)
+
+    monkeypatch.setattr(offline, "save_tokens", save)
+    assert main(arguments(tmp_path, tiny_checkpoint, lines, "wav2token")) == 1
+    output = capfd.readouterr()
+    assert "failed: clip1: MemoryError" in output.err
+    assert "wav2token: 6 of 7 clips" in output.out
+
+
+def test_writers_of_a_gpu_are_processes_and_share_its_cores(monkeypatch):
+    asked = []
+    monkeypatch.setattr(offline, "worker_pool", lambda *args: asked.append(args))
+    for cores in (64, 6, 1):
+        monkeypatch.setattr(offline, "available_cores", lambda cores=cores: cores)
+        offline._writers(torch.device("cuda"))
+    assert asked == [(8, offline.__name__), (3, offline.__name__), (1, offline.__name__)]
+
+
+def test_shared_memory_that_does_not_suffice_is_named():
+    """With torch's own words, seen where /dev/shm had 8 MB."""
+    with pytest.raises(OSError, match="No space left on device.*accepted: more of it"), lost_processes_named():
+        raise RuntimeError("unable to allocate shared memory(shm) for file </torch_1>: No space left on device (28)")
+
+
 def test_a_writing_process_that_is_killed_ends_the_command(tmp_path, tiny_checkpoint, lines, capfd, monkeypatch):
     @contextmanager
     def killed(device):
@@ -152,7 +195,7 @@ def test_a_writing_process_that_is_killed_ends_the_command(tmp_path, tiny_checkp
 
     monkeypatch.setattr(offline, "_writers", killed)
     assert main(arguments(tmp_path, tiny_checkpoint, lines, "wav2token")) == 1
-    assert "mimo_audio_tokenizer: error: a writing process was killed" in capfd.readouterr().err
+    assert "mimo_audio_tokenizer: error: a process was lost" in capfd.readouterr().err
 
 
 def test_two_lines_may_not_write_one_file(tmp_path, tiny_checkpoint, lines, capfd):

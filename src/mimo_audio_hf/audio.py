@@ -117,7 +117,10 @@ def load_audio(source: AudioSource, sampling_rate: int = 24000) -> torch.Tensor:
     if not is_finite(samples):
         raise ValueError(f"{name}: NaN or infinite samples; accepted: finite samples")
     require_plausible_rate(name, rate)
-    return resample(samples, rate, sampling_rate)
+    resampled = resample(samples, rate, sampling_rate)
+    if resampled is not samples and not is_finite(resampled):
+        raise ValueError(f"{name}: too loud to be resampled in float32; accepted: samples of about -1 to 1")
+    return resampled
 
 
 def require_plausible_rate(name: str, rate: int) -> None:

@@ -6,7 +6,7 @@ from __future__ import annotations
 import math
 import numbers
 from collections.abc import Sequence
-from functools import lru_cache
+from functools import cache
 from typing import Any
 
 import numpy as np
@@ -23,7 +23,7 @@ from .configuration_mimo_audio_tokenizer import single_auto_classes
 LOG_MEL_FLOOR = 1e-7
 
 
-@lru_cache(maxsize=8)
+@cache  # for good: recorded CUDA graphs read them
 def mel_filters(
     sampling_rate: int, nfft: int, n_mels: int, fmin: float, fmax: float, device: torch.device
 ) -> torch.Tensor:

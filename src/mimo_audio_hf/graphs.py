@@ -24,7 +24,7 @@ from .feature_extraction_mimo_audio_tokenizer import MiMoAudioTokenizerFeatureEx
 from .modeling_mimo_audio_tokenizer import (
     MiMoAudioTokenizerDecoder,
     MiMoAudioTokenizerModel,
-    Place,
+    PackedBounds,
     gather_rows,
     not_finite_error,
 )
@@ -350,14 +350,14 @@ class GraphRunner:
         codes_total = (frames_total + clips * (config.avg_pooler - 1)) // config.avg_pooler
         totals = (shape.total, frames_total, codes_total)
         longest = (shape.longest, encoder.frame_length(shape.longest), encoder.code_length(shape.longest))
-        places = [
+        bounds = [
             _fill(torch.where(is_there, each, 0), total, min(total, most + clips + 1))
             for each, total, most in zip((mel_lengths, frame_lengths, code_lengths), totals, longest, strict=True)
         ]
-        layout = encoder.layout_of(*places)
+        layout = encoder.layout_of(*bounds)
         if shape.inputs == "waveforms":
             filled = torch.cat([lengths, lengths.new_zeros(1)])  # the filler has no samples
-            inputs = encoder.log_mel(inputs, Place.of_tensor(filled, len(inputs), len(inputs)), places[0])
+            inputs = encoder.log_mel(inputs, PackedBounds.of_tensor(filled, len(inputs), len(inputs)), bounds[0])
         broken = lengths.new_zeros(clips + 1).index_add_(
             0, layout.mel.sequence_ids, (~inputs.isfinite().all(-1)).long()
         )
@@ -377,17 +377,17 @@ class GraphRunner:
             strict=True,
         )
         beyond = decoder.level_lengths(0)[2] * clips
-        places = []
+        bounds = []
         for number, (each, total, most) in enumerate(levels):
             total += beyond if number == 2 else 0
-            places.append(_fill(torch.where(lengths > 0, each, 0), total, min(total, most + beyond)))
+            bounds.append(_fill(torch.where(lengths > 0, each, 0), total, min(total, most + beyond)))
         dtype = self._model.weight_dtype
         features = self._model.encoder.quantizer.decode(inputs, dtype).to(dtype)
         backend = self._model.attention_backend(device)
-        samples = decoder(features, decoder.layout_of(*places), backend).flatten()
+        samples = decoder(features, decoder.layout_of(*bounds), backend).flatten()
         return samples, None
 
 
-def _fill(lengths: torch.Tensor, total: int, longest: int) -> Place:
+def _fill(lengths: torch.Tensor, total: int, longest: int) -> PackedBounds:
     """Clips, and one more that takes what is left of `total`."""
-    return Place.of_tensor(torch.cat([lengths, (total - lengths.sum())[None]]), total, longest)
+    return PackedBounds.of_tensor(torch.cat([lengths, (total - lengths.sum())[None]]), total, longest)

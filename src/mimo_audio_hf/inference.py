@@ -20,7 +20,7 @@ import torch
 
 from .audio import as_tensor, is_finite
 from .feature_extraction_mimo_audio_tokenizer import MiMoAudioTokenizerFeatureExtractor
-from .modeling_mimo_audio_tokenizer import MiMoAudioTokenizerModel, Place, check_code_range
+from .modeling_mimo_audio_tokenizer import MiMoAudioTokenizerModel, PackedBounds, check_code_range
 
 
 logger = logging.getLogger(__name__)
@@ -149,9 +149,9 @@ def encode_packed(
         return model.graphs.encode_waveforms(samples, lengths, books)
     sizes, mel_frames = torch.tensor([[*lengths], frames], device="cpu")
     levels = torch.stack([sizes, *model.encoder.level_lengths(mel_frames)])
-    clips, *places = Place.of_levels(levels, samples.device)
-    mels = model.encoder.log_mel(samples, clips, places[0])  # first, so that the GPU has something to do
-    layout = model.encoder.layout_of(*places)
+    clips, *bounds = PackedBounds.of_levels(levels, samples.device)
+    mels = model.encoder.log_mel(samples, clips, bounds[0])  # first, so that the GPU has something to do
+    layout = model.encoder.layout_of(*bounds)
     # This class's own: that of `compat` has other arguments.
     return MiMoAudioTokenizerModel.encode(model, mels, num_quantizers=books, layout=layout).audio_codes
 
@@ -501,6 +501,8 @@ def _run_in_batches(
     """
     if not max_batch_seconds > 0:
         raise ValueError(f"max_batch_seconds={max_batch_seconds}; accepted: a positive number of seconds")
+    if max_batch_clips is not None:
+        check_count("max_batch_clips", max_batch_clips, 1)
     limit = max_batch_seconds if _gains_from_batches(device) else 0.0
     running: tuple[list[Item], Callable[[], list[Result]]] | None = None
 

@@ -7,7 +7,7 @@ All of it is small, and PyTorch takes the host a hundred launches for it, in whi
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import lru_cache
+from functools import cache
 
 import torch
 import triton
@@ -19,8 +19,8 @@ from .modeling_mimo_audio_tokenizer import (
     MiMoAudioTokenizerDecoderLayout,
     MiMoAudioTokenizerEncoder,
     MiMoAudioTokenizerEncoderLayout,
+    PackedBounds,
     PackedSequences,
-    Place,
 )
 
 
@@ -125,23 +125,26 @@ def _decoder_layout_kernel(
     )
 
 
-def _sequences(place: Place) -> PackedSequences:
+def _sequences(bounds: PackedBounds) -> PackedSequences:
     """To be filled in."""
-    rows = place.cu_seqlens.new_empty(place.total)
-    return PackedSequences(place.cu_seqlens, place.max_seqlen, rows, torch.empty_like(rows, dtype=torch.long))
+    rows = bounds.cu_seqlens.new_empty(bounds.total)
+    return PackedSequences(bounds.cu_seqlens, bounds.max_seqlen, rows, torch.empty_like(rows, dtype=torch.long))
 
 
 def _index(sequences: PackedSequences, taps: int) -> torch.Tensor:
     return torch.empty(sequences.total, taps, dtype=torch.long, device=sequences.cu_seqlens.device)
 
 
-def encoder_layout(encoder: MiMoAudioTokenizerEncoder, places: Sequence[Place]) -> MiMoAudioTokenizerEncoderLayout:
+def encoder_layout(
+    encoder: MiMoAudioTokenizerEncoder, bounds: Sequence[PackedBounds]
+) -> MiMoAudioTokenizerEncoderLayout:
     """As the encoder's own, of clips at 100, 50 and 25 Hz."""
     config = encoder.config
-    mel, frames, codes = levels = [_sequences(place) for place in places]
+    mel, frames, codes = levels = [_sequences(each) for each in bounds]
     indices = _index(mel, config.kernel_size), _index(frames, config.kernel_size), _index(codes, config.avg_pooler)
+    rows = max(level.total for level in levels)  # with a filler, later levels may have more than the first
     with torch.cuda.device_of(mel.cu_seqlens):
-        _encoder_layout_kernel[(triton.cdiv(mel.total, ROWS),)](
+        _encoder_layout_kernel[(triton.cdiv(rows, ROWS),)](
             *(level.cu_seqlens for level in levels),
             *(level.total for level in levels),
             len(mel),
@@ -156,12 +159,14 @@ def encoder_layout(encoder: MiMoAudioTokenizerEncoder, places: Sequence[Place]) 
     return MiMoAudioTokenizerEncoderLayout(mel, frames, codes, *indices)
 
 
-def decoder_layout(decoder: MiMoAudioTokenizerDecoder, places: Sequence[Place]) -> MiMoAudioTokenizerDecoderLayout:
+def decoder_layout(
+    decoder: MiMoAudioTokenizerDecoder, bounds: Sequence[PackedBounds]
+) -> MiMoAudioTokenizerDecoderLayout:
     """As the decoder's own, of clips at the levels of `level_lengths`."""
     config, istft = decoder.config, decoder.vocoder.head.istft
     kernel, stride = config.decoder_kernel_size, config.decoder_stride_size
     pieces, blocks_a_hop = config.nfft // istft.block, config.hop_length // istft.block
-    codes, frames, uncut, mel, audio = levels = [_sequences(place) for place in places]
+    codes, frames, uncut, mel, audio = levels = [_sequences(each) for each in bounds]
     indices = (
         _index(frames, 1),
         _index(uncut, triton.cdiv(kernel, stride)),
@@ -209,14 +214,14 @@ def _frames_kernel(
     tl.store(frames + row.to(tl.int64) * nfft + columns, x, columns < nfft)
 
 
-@lru_cache(maxsize=8)
+@cache  # for good: recorded graphs read it
 def _window(size: int, device: torch.device) -> torch.Tensor:
     with torch.inference_mode(False):
         return torch.hann_window(size, dtype=torch.float32, device=device)
 
 
 def log_mel(
-    extractor: MiMoAudioTokenizerFeatureExtractor, samples: torch.Tensor, clips: Place, mel: Place
+    extractor: MiMoAudioTokenizerFeatureExtractor, samples: torch.Tensor, clips: PackedBounds, mel: PackedBounds
 ) -> torch.Tensor:
     """As the encoder's own, for windows as long as the transform."""
     frames = samples.new_empty(mel.total, extractor.nfft)
@@ -235,5 +240,5 @@ def log_mel(
         )
     magnitudes = torch.fft.rfft(frames).abs()
     # The product as the extractor has it, whose sums are then in the same order.
-    mel = extractor.mel_filters(samples.device) @ magnitudes.t()
-    return mel.clamp_(min=LOG_MEL_FLOOR).log_().t().contiguous()
+    mels = extractor.mel_filters(samples.device) @ magnitudes.t()
+    return mels.clamp_(min=LOG_MEL_FLOOR).log_().t().contiguous()

@@ -292,11 +292,15 @@ def lost_processes_named() -> Iterator[None]:
     except dist.DistError as error:
         raise OSError(f"the launcher or the first process is gone ({_one_line(error)})") from error
     except BrokenProcessPool as error:
-        raise OSError("a writing process was killed, perhaps for want of memory") from error
+        raise OSError(f"a process was lost, perhaps for want of memory ({_one_line(error)})") from error
     except RuntimeError as error:
-        if "DataLoader worker" not in str(error):
-            raise
-        raise _reading_process_killed(error) from error
+        if "DataLoader worker" in str(error):
+            raise _reading_process_killed(error) from error
+        if "shared memory" in str(error):
+            raise OSError(
+                f"{_one_line(error)}; accepted: more of it (/dev/shm, docker's --shm-size) or smaller batches"
+            ) from error
+        raise
 
 
 def _reading_process_killed(error: Exception) -> OSError:
@@ -678,7 +682,7 @@ def _as_it_is(chunk: _Chunk) -> _Chunk:
 def _num_workers(device: torch.device) -> int:
     if device.type == "cpu":
         return 1  # the model needs the cores itself
-    return max(1, available_cores() // int(os.environ.get("LOCAL_WORLD_SIZE", 1)) - 2)
+    return max(1, available_cores() - 2)
 
 
 # --- Processes ---

@@ -40,7 +40,7 @@ Length = TypeVar("Length", int, torch.Tensor)
 # --- Packed clips ---
 
 
-class Place(NamedTuple):
+class PackedBounds(NamedTuple):
     """Where clips lie, without what follows from it for each frame; see [`PackedSequences`]."""
 
     cu_seqlens: torch.Tensor
@@ -48,7 +48,7 @@ class Place(NamedTuple):
     max_seqlen: int
 
     @classmethod
-    def of_levels(cls, levels: torch.Tensor, device: torch.device | str | None = None) -> list[Place]:
+    def of_levels(cls, levels: torch.Tensor, device: torch.device | str | None = None) -> list[PackedBounds]:
         """Of clips at several frame rates, lengths (levels, clips) on the host, in one copy from there."""
         clips = levels.shape[1]
         # Each row begins at a multiple of 16 bytes, for kernels are built anew for addresses that are none.
@@ -58,7 +58,7 @@ class Place(NamedTuple):
         return [cls(*row) for row in zip(rows, totals, longest, strict=True)]
 
     @classmethod
-    def of_tensor(cls, lengths: torch.Tensor, total: int, max_seqlen: int) -> Place:
+    def of_tensor(cls, lengths: torch.Tensor, total: int, max_seqlen: int) -> PackedBounds:
         """Of lengths (clips,) that their device alone knows, but for their sum and the longest, or more.
 
         A length may be 0.
@@ -85,19 +85,19 @@ class PackedSequences:
     @classmethod
     def from_lengths(cls, lengths: Sequence[int], device: torch.device | str | None = None) -> PackedSequences:
         """Sequences of the given lengths, in frames; from the host, so that no layer has to ask the GPU for them."""
-        return cls.at(Place.of_levels(torch.tensor([[*lengths]], device="cpu"), device)[0])
+        return cls.at(PackedBounds.of_levels(torch.tensor([[*lengths]], device="cpu"), device)[0])
 
     @classmethod
     def from_tensor(cls, lengths: torch.Tensor, total: int, max_seqlen: int) -> PackedSequences:
-        """Sequences of lengths that their device alone knows, as in [`Place.of_tensor`]."""
-        return cls.at(Place.of_tensor(lengths, total, max_seqlen))
+        """Sequences of lengths that their device alone knows, as in [`PackedBounds.of_tensor`]."""
+        return cls.at(PackedBounds.of_tensor(lengths, total, max_seqlen))
 
     @classmethod
-    def at(cls, place: Place) -> PackedSequences:
+    def at(cls, bounds: PackedBounds) -> PackedSequences:
         """Sequences that lie there."""
-        frames = torch.arange(place.total, device=place.cu_seqlens.device, dtype=torch.int32)
-        sequence_ids = torch.searchsorted(place.cu_seqlens[1:], frames, right=True)
-        return cls(place.cu_seqlens, place.max_seqlen, frames - place.cu_seqlens[sequence_ids], sequence_ids)
+        frames = torch.arange(bounds.total, device=bounds.cu_seqlens.device, dtype=torch.int32)
+        sequence_ids = torch.searchsorted(bounds.cu_seqlens[1:], frames, right=True)
+        return cls(bounds.cu_seqlens, bounds.max_seqlen, frames - bounds.cu_seqlens[sequence_ids], sequence_ids)
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> PackedSequences:
         return _dataclass_to(self, device, non_blocking)
@@ -831,7 +831,7 @@ class MiMoAudioTokenizerResidualVectorQuantizer(nn.Module):
 class MiMoAudioTokenizerEncoder(MiMoAudioTokenizerStack):
     """Log-mel frames at 100 Hz to features at 25 Hz, ready to be quantized."""
 
-    # Other ways to the layout, and from packed samples to log-mels.
+    # Other ways, that `mimo_audio_hf.optimize_for_inference` gives, to the layout and from packed samples to log-mels.
     optimized_layout: Callable[..., MiMoAudioTokenizerEncoderLayout] | None = None
     optimized_log_mel: Callable[..., torch.Tensor] | None = None
 
@@ -871,17 +871,17 @@ class MiMoAudioTokenizerEncoder(MiMoAudioTokenizerStack):
         self, lengths: Sequence[int], device: torch.device | str | None = None
     ) -> MiMoAudioTokenizerEncoderLayout:
         levels = torch.stack(self.level_lengths(torch.tensor(lengths, device="cpu")))
-        return self.layout_of(*Place.of_levels(levels, device))
+        return self.layout_of(*PackedBounds.of_levels(levels, device))
 
     def level_lengths(self, length: Length) -> tuple[Length, Length, Length]:
         """Mel frames of a clip, the layers' and code frames. A tensor has them of many clips."""
         return length, self.frame_length(length), self.code_length(length)
 
-    def layout_of(self, *places: Place) -> MiMoAudioTokenizerEncoderLayout:
-        """The layout of clips whose places at all levels are known."""
-        if self.optimized_layout is not None:
-            return self.optimized_layout(self, places)
-        mel, frames, codes = map(PackedSequences.at, places)
+    def layout_of(self, *bounds: PackedBounds) -> MiMoAudioTokenizerEncoderLayout:
+        """The layout of clips whose bounds at all levels are known."""
+        if self.optimized_layout is not None and bounds[0].cu_seqlens.device == self.conv1.weight.device:
+            return self.optimized_layout(self, bounds)
+        mel, frames, codes = map(PackedSequences.at, bounds)
         kernel, stride, pooler = self.config.kernel_size, self.config.stride_size, self.config.avg_pooler
         return MiMoAudioTokenizerEncoderLayout(
             mel=mel,
@@ -906,7 +906,7 @@ class MiMoAudioTokenizerEncoder(MiMoAudioTokenizerStack):
         )
         return self.pool(hidden_states, layout.pool_index)
 
-    def log_mel(self, samples: torch.Tensor, clips: Place, mel: Place) -> torch.Tensor:
+    def log_mel(self, samples: torch.Tensor, clips: PackedBounds, mel: PackedBounds) -> torch.Tensor:
         """Clips end to end, (total_samples,) float32, to what `encode` takes, (total_frames, n_mels).
 
         `clips` says where they lie, `mel` where their frames do: what a clip has more than its samples give is
@@ -915,7 +915,7 @@ class MiMoAudioTokenizerEncoder(MiMoAudioTokenizerStack):
         extractor = MiMoAudioTokenizerFeatureExtractor.from_config(self.config)
         if self.optimized_log_mel is not None:
             return self.optimized_log_mel(extractor, samples, clips, mel)
-        lengths, frames = (place.cu_seqlens.diff().long() for place in (clips, mel))
+        lengths, frames = (each.cu_seqlens.diff().long() for each in (clips, mel))
         return extractor.log_mel_of_packed(samples, lengths, frames, mel.total)
 
     def stem(self, input_features: torch.Tensor, conv1_index: torch.Tensor, conv2_index: torch.Tensor) -> torch.Tensor:
@@ -1014,7 +1014,7 @@ class MiMoAudioTokenizerVocoder(MiMoAudioTokenizerStack):
 class MiMoAudioTokenizerDecoder(MiMoAudioTokenizerStack):
     """Quantized features at 25 Hz to samples."""
 
-    # Another way to the layout.
+    # Another way to the layout, if `mimo_audio_hf.optimize_for_inference` gave one.
     optimized_layout: Callable[..., MiMoAudioTokenizerDecoderLayout] | None = None
 
     def __init__(self, config: MiMoAudioTokenizerConfig) -> None:
@@ -1037,7 +1037,7 @@ class MiMoAudioTokenizerDecoder(MiMoAudioTokenizerStack):
         self, lengths: Sequence[int], device: torch.device | str | None = None
     ) -> MiMoAudioTokenizerDecoderLayout:
         levels = torch.stack(self.level_lengths(torch.tensor(lengths, device="cpu")))
-        return self.layout_of(*Place.of_levels(levels, device))
+        return self.layout_of(*PackedBounds.of_levels(levels, device))
 
     def level_lengths(self, length: Length) -> tuple[Length, Length, Length, Length, Length]:
         """Code frames of a clip, and what they become: the layers' frames, mel frames before and after the cut, and
@@ -1049,11 +1049,11 @@ class MiMoAudioTokenizerDecoder(MiMoAudioTokenizerStack):
         uncut = mel + config.decoder_kernel_size - config.decoder_stride_size
         return length, frames, uncut, mel, mel * (config.hop_length // self.vocoder.head.istft.block)
 
-    def layout_of(self, *places: Place) -> MiMoAudioTokenizerDecoderLayout:
-        """The layout of clips whose places at all levels are known."""
-        if self.optimized_layout is not None:
-            return self.optimized_layout(self, places)
-        codes, frames, uncut, mel, audio = map(PackedSequences.at, places)
+    def layout_of(self, *bounds: PackedBounds) -> MiMoAudioTokenizerDecoderLayout:
+        """The layout of clips whose bounds at all levels are known."""
+        if self.optimized_layout is not None and bounds[0].cu_seqlens.device == self.dconv1.conv.weight.device:
+            return self.optimized_layout(self, bounds)
+        codes, frames, uncut, mel, audio = map(PackedSequences.at, bounds)
         config, istft = self.config, self.vocoder.head.istft
         pooler, kernel, stride = config.avg_pooler, config.decoder_kernel_size, config.decoder_stride_size
         pieces, blocks_a_hop = config.nfft // istft.block, config.hop_length // istft.block
@@ -1784,5 +1784,5 @@ __all__ = [
     "MiMoAudioTokenizerOutput",
     "MiMoAudioTokenizerPreTrainedModel",
     "PackedSequences",
-    "Place",
+    "PackedBounds",
 ]

@@ -5,8 +5,8 @@
 
 It runs alone or under torchrun and `accelerate launch`, on CPUs too. A line of the list is a JSON object with `key`
 and, depending on the task, the paths `wav`, `quantized_tokens` and `reconstructed_wav`. A token file is
-`{"quantized_tokens": [[...], ...], "info": {...}}`, frames first, the line and timings being its info. On a GPU a
-batch is made ready while the one before it runs: the time of a batch is from the end of the one before it to its own.
+`{"quantized_tokens": [[...], ...], "info": {...}}`, frames first, the line and timings being its info. A batch
+is made ready while the one before it runs, so the time that stands there is from the end of that one to its own end.
 """
 
 from __future__ import annotations
@@ -111,9 +111,13 @@ class _Results:
                     save_tokens(info["quantized_tokens"], codes, info)
                 if waveform is not None:
                     save_audio(info["reconstructed_wav"], waveform, self.sampling_rate)
-            except (ValueError, OSError) as error:
-                failures.append(f"{info['key']}: {error}")
+            except Exception as error:  # whatever is wrong with one clip is no reason to stop
+                failures.append(_failure(info, error))
         return failures
+
+
+def _failure(info: dict[str, Any], error: object) -> str:
+    return f"{info['key']}: {' '.join(str(error).split()) or type(error).__name__}"
 
 
 class _Clips(Dataset[Clip]):
@@ -313,7 +317,7 @@ def _convert_list(
     seconds = 0.0
 
     def fail(info: dict[str, Any], error: object) -> None:
-        failures.append(f"{info['key']}: {' '.join(str(error).split())}")
+        failures.append(_failure(info, error))
         bar.update()
 
     def read() -> Iterator[tuple[dict[str, Any], torch.Tensor]]:
@@ -376,8 +380,8 @@ def _writers(device: torch.device) -> AbstractContextManager[Executor]:
     """What writes the files: processes, for the threads of one that launches a GPU's work would hold it up."""
     if device.type != "cuda":
         return ThreadPoolExecutor(max_workers=1)
-    cores = available_cores() // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-    return worker_pool(max(1, min(_MAX_WRITERS, cores // 2)), "mimo_audio_hf.offline")  # also where it is __main__
+    # By its name, which is another one where it is run.
+    return worker_pool(max(1, min(_MAX_WRITERS, available_cores() // 2)), "mimo_audio_hf.offline")
 
 
 def _batches(

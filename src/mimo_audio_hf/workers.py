@@ -10,13 +10,15 @@ import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
+from multiprocessing import forkserver
 
 import torch
 
 
 def available_cores() -> int:
-    """Cores that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    """Cores that this process may use: its share, where a launcher has started several."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
 
 
 def give_way(worker: int = 0) -> None:
@@ -42,8 +44,8 @@ def worker_pool(
     context = multiprocessing.get_context(method)
     if method == "forkserver":
         context.set_forkserver_preload([preload])
+        forkserver.ensure_running()  # which begins to import, and is not waited for
     pool = ProcessPoolExecutor(workers, mp_context=context, initializer=_start, initargs=(initializer,))
-    pool.submit(int)  # so that the import begins
     try:
         yield pool
     finally:

@@ -15,8 +15,8 @@ from ..modeling_mimo_audio_tokenizer import (
     MiMoAudioTokenizerDecoder,
     MiMoAudioTokenizerLayer,
     MiMoAudioTokenizerModel,
+    PackedBounds,
     PackedSequences,
-    Place,
 )
 
 
@@ -190,7 +190,7 @@ class CachedDecoder:
             decoder.level_lengths(frames),
             strict=True,
         )
-        code, frame, _, mel_frame, block = (Place.of_tensor(*level) for level in levels)
+        code, frame, _, mel_frame, block = (PackedBounds.of_tensor(*level) for level in levels)
         layout = decoder.layout_of(code, frame, mel_frame, mel_frame, block)  # nothing has to be cut any more
         backend = self.model.attention_backend(self.device)
         normed = self.norm2.normalize(window, mean2, variance2)
