@@ -134,7 +134,7 @@ def test_a_clip_that_fails_does_not_take_its_batch_along(
 
 def test_other_processes_write_as_threads_do(tmp_path, tiny_checkpoint, tiny_model, lines, capfd, monkeypatch):
     """They do where a GPU runs the model."""
-    monkeypatch.setattr(offline, "_writers", lambda device: worker_pool(2, offline.__name__))
+    monkeypatch.setattr(offline, "_writers", lambda has_gpu: worker_pool(2))
     Path(lines[2]["wav"]).write_text("no audio")
     Path(lines[5]["reconstructed_wav"]).mkdir(parents=True)
     assert main(arguments(tmp_path, tiny_checkpoint, lines, "wav2token2wav")) == 1
@@ -176,8 +176,8 @@ def test_writers_of_a_gpu_are_processes_and_share_its_cores(monkeypatch):
     monkeypatch.setattr(offline, "worker_pool", lambda *args: asked.append(args))
     for cores in (64, 6, 1):
         monkeypatch.setattr(offline, "available_cores", lambda cores=cores: cores)
-        offline._writers(torch.device("cuda"))
-    assert asked == [(8, offline.__name__), (3, offline.__name__), (1, offline.__name__)]
+        offline._writers(True)
+    assert asked == [(8,), (3,), (1,)]
 
 
 def test_shared_memory_that_does_not_suffice_is_named():
@@ -188,8 +188,8 @@ def test_shared_memory_that_does_not_suffice_is_named():
 
 def test_a_writing_process_that_is_killed_ends_the_command(tmp_path, tiny_checkpoint, lines, capfd, monkeypatch):
     @contextmanager
-    def killed(device):
-        with worker_pool(1, offline.__name__) as pool:
+    def killed(has_gpu):
+        with worker_pool(1) as pool:
             pool.submit(signal.raise_signal, signal.SIGKILL)
             yield pool
 

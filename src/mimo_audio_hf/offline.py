@@ -264,12 +264,12 @@ def run(args: argparse.Namespace) -> int:
     if args.batch_size < 1:
         raise ValueError(f"--batch_size {args.batch_size}; accepted: 1 or more")
     lines, problems = read_list(args.data_list, args.task)
-    # Told of the CPU, for without a GPU it would not see the other processes. At the end they wait for the slowest of
-    # them, for as long as it takes: a time-out would end its work, too.
-    state = PartialState(cpu=not torch.cuda.is_available(), **_PROCESS_GROUP)
-    failures = [*problems] if state.is_main_process else []
-
-    with _writers(state.device) as writers:
+    has_gpu = torch.cuda.is_available()
+    with _writers(has_gpu) as writers:
+        # Told of the CPU, for without a GPU it would not see the other processes. At the end they wait for the slowest
+        # of them, for as long as it takes: a time-out would end its work, too.
+        state = PartialState(cpu=not has_gpu, **_PROCESS_GROUP)
+        failures = [*problems] if state.is_main_process else []
         model = _load(args, state.device)
         started = time.perf_counter()
         seconds, failed_here = _convert_list(model, lines[state.process_index :: state.num_processes], args, writers)
@@ -376,12 +376,11 @@ def _convert_list(
     return seconds, failures
 
 
-def _writers(device: torch.device) -> AbstractContextManager[Executor]:
-    """What writes the files: processes, for the threads of one that launches a GPU's work would hold it up."""
-    if device.type != "cuda":
+def _writers(has_gpu: bool) -> AbstractContextManager[Executor]:
+    """What writes the files: processes, for threads of the one that launches a GPU's work would hold it up."""
+    if not has_gpu:
         return ThreadPoolExecutor(max_workers=1)
-    # By its name, which is another one where it is run.
-    return worker_pool(max(1, min(_MAX_WRITERS, available_cores() // 2)), "mimo_audio_hf.offline")
+    return worker_pool(max(1, min(_MAX_WRITERS, available_cores() // 2)))
 
 
 def _batches(

@@ -6,6 +6,7 @@ from __future__ import annotations
 import multiprocessing
 import os
 import signal
+import sys
 import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
@@ -29,23 +30,29 @@ def give_way(worker: int = 0) -> None:
 
 @contextmanager
 def worker_pool(
-    workers: int, preload: str, initializer: Callable[[], None] | None = None
+    workers: int, preload: str | None = None, initializer: Callable[[], None] | None = None
 ) -> Iterator[ProcessPoolExecutor]:
-    """Processes that share nothing with this one: neither its threads nor its CUDA context survive a fork.
-
-    What has not begun when the block ends is not begun any more.
+    """Processes of one core each. What has not begun when the block ends is not begun any more.
 
     Args:
-        workers: how many; each uses one core.
-        preload: the module whose functions they run, which is imported once for all of them.
+        workers: how many.
+        preload: a module with the functions they run. It is imported once for all of them, in a process that shares
+            nothing with this one, neither threads nor a CUDA context; that takes some seconds, which are not waited
+            for. Without it they are copies of this process as it is, where the system has such, and there at once:
+            for a process without threads that matter to them.
         initializer: called in each at its start.
     """
-    method = "forkserver" if "forkserver" in multiprocessing.get_all_start_methods() else "spawn"
+    methods = multiprocessing.get_all_start_methods()
+    copied = preload is None and sys.platform != "darwin"  # whose libraries do not all bear it
+    wanted = "fork" if copied else "forkserver"
+    method = wanted if wanted in methods else "spawn"
     context = multiprocessing.get_context(method)
-    if method == "forkserver":
+    if preload is not None and method == "forkserver":
         context.set_forkserver_preload([preload])
-        forkserver.ensure_running()  # which begins to import, and is not waited for
+        forkserver.ensure_running()
     pool = ProcessPoolExecutor(workers, mp_context=context, initializer=_start, initargs=(initializer,))
+    if method == "fork":
+        pool.submit(int)  # which starts them all
     try:
         yield pool
     finally:
