@@ -10,10 +10,21 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import soundfile
 import torch
 from accelerate.state import AcceleratorState
+from safetensors.torch import load_file
 
-from mimo_audio_hf import encode_waveforms, inference, language_model, load_audio, load_model
+from mimo_audio_hf import (
+    MiMoAudioTokenizerConfig,
+    MiMoAudioTokenizerModel,
+    encode_waveforms,
+    inference,
+    language_model,
+    load_audio,
+    load_model,
+)
+from mimo_audio_hf.checkpoints import PRESETS
 from mimo_audio_hf.cli import main
 from mimo_audio_hf.language_model import IGNORED, AudioCodesCollator, delay_codes, undelay_codes
 
@@ -216,6 +227,70 @@ def test_the_example_learns_on_the_fly_and_from_stored_codes(recipe, tmp_path, w
     assert sum(losses[-5:]) < sum(losses[:5]) - 5
 
 
+@pytest.mark.parametrize("source", ["audio", "codes"])
+def test_the_example_saves_its_model_and_what_it_says(recipe, tmp_path, source, capsys):
+    options = ["--tokenizer", "tiny", "--steps", "1", "--batch-size", "1", "--seconds", "0.8", "--workers", "0"]
+    options += ["--hidden-size", "64", "--layers", "1", "--output-dir", str(tmp_path / "new" / "trained")]
+    arguments = ["--audio", str(RECORDING)]
+    if source == "codes":
+        tokens = str(tmp_path / "tokens")
+        assert main(["tokenize", str(RECORDING.parent), tokens, "--model", "tiny", "--device", "cpu"]) == 0
+        arguments = ["--codes", tokens]
+    recipe["train"](recipe["parse_arguments"]([*arguments, *options]))
+    trained = tmp_path / "new" / "trained"
+    audio, rate = soundfile.read(trained / "generated.wav")
+    assert (audio.shape, rate) == ((20 * 960,), 24000)
+    assert np.abs(audio).max() > 1e-3
+    config = recipe["LlamaConfig"].from_pretrained(trained)
+    model = recipe["AudioLanguageModel"]([1025, 1025, *[129] * 6], config)
+    model.load_state_dict(load_file(trained / "model.safetensors"))
+    assert f"generated {trained / 'generated.wav'}" in capsys.readouterr().out
+
+
+def test_the_example_does_not_train_what_cannot_speak(recipe, tmp_path):
+    folder = tmp_path / "encoder"
+    MiMoAudioTokenizerModel(MiMoAudioTokenizerConfig(**PRESETS["tiny"], has_decoder=False)).save_pretrained(folder)
+    arguments = ["--audio", str(RECORDING), "--tokenizer", str(folder), "--output-dir", str(tmp_path / "trained")]
+    with pytest.raises(ValueError, match="--output-dir: .*encoder only"):
+        recipe["train"](recipe["parse_arguments"](arguments))
+    assert not (tmp_path / "trained").exists()
+
+
+def test_the_example_generates_what_it_was_trained_to(recipe):
+    """Each codebook by its delay, from the steps that the collator makes; here always the likeliest."""
+    torch.manual_seed(0)
+    model = recipe["AudioLanguageModel"]([6, 5, 4], recipe["transformer_config"](64, 1)).eval()
+    torch.nn.init.normal_(model.head.weight, std=1e3)
+    for delays in ([0, 1, 2], [1, 0, 3]):
+        frames = list(recipe["generate"](model, delays, 9))
+        assert [frame.shape for frame in frames] == [(1, 3)] * 9
+        delayed = delay_codes(torch.cat(frames), [5, 4, 3], delays)
+        steps = torch.cat([torch.tensor([[5, 4, 3]]), delayed])
+        with torch.no_grad():
+            logits = model.logits(steps[None])
+        for book, delay in enumerate(delays):
+            likeliest = logits[book][0, :-1, :-1].argmax(-1)
+            assert torch.equal(likeliest[delay : delay + 9], delayed[delay : delay + 9, book])
+
+
+def test_the_example_reads_no_more_of_a_file_than_it_takes(recipe, tmp_path, monkeypatch):
+    samples = np.arange(30_000, dtype=np.int16)
+    soundfile.write(tmp_path / "long.wav", np.stack([samples, samples + 2], axis=1), 24000)
+    read, counts = soundfile.SoundFile.read, []
+    monkeypatch.setattr(
+        soundfile.SoundFile, "read", lambda *args, **options: counts.append(args[1]) or read(*args, **options)
+    )
+    starts = set()
+    for _ in range(5):
+        crop = recipe["read_crop"](str(tmp_path / "long.wav"), 0.1, 24000) * 2**15
+        starts.add(int(crop[0]))
+        torch.testing.assert_close(crop, crop[0] + torch.arange(2400))  # the mean of both channels
+    assert len(starts) > 1
+    assert counts == [2400] * 5
+    assert len(recipe["read_crop"](str(tmp_path / "long.wav"), 1, 12000)) == 12000
+    assert len(recipe["read_crop"](str(tmp_path / "long.wav"), 9, 24000)) == 30_000
+
+
 def test_the_examples_tokenizer_stays_as_it_is(recipe, monkeypatch):
     loaded = []
     monkeypatch.setitem(
@@ -243,20 +318,27 @@ def test_the_examples_tokenizer_stays_as_it_is(recipe, monkeypatch):
         assert torch.equal(tokenizer.state_dict()[name], tensor), name
 
 
-# The example, noting which recordings each process sees.
+# The example, noting which recordings each process sees, and a sum of its model's parameters at the end.
 NOTING = """
-import runpy, sys
+import hashlib, os, runpy, sys
 from pathlib import Path
 
 recipe = runpy.run_path(sys.argv[1])
-scope, read = recipe["train"].__globals__, recipe["load_audio"]
+scope, read = recipe["train"].__globals__, recipe["read_crop"]
+notes = Path(sys.argv[2], os.environ["RANK"])
 
 def noting(path, *args):
-    with open(sys.argv[2] + "/" + __import__("os").environ["RANK"], "a") as file:
+    with notes.open("a") as file:
         print(path, file=file)
     return read(path, *args)
 
-scope["load_audio"] = noting
+class Noting(recipe["Accelerator"]):
+    def free_memory(self, model, *others):
+        parameters = b"".join(each.detach().numpy().tobytes() for each in model.parameters())
+        notes.with_suffix(".sum").write_text(hashlib.sha256(parameters).hexdigest())
+        return super().free_memory(model, *others)
+
+scope["read_crop"], scope["Accelerator"] = noting, Noting
 losses = recipe["train"](recipe["parse_arguments"](sys.argv[3:]))["losses"]
 assert len(losses) == 2
 """
@@ -267,7 +349,7 @@ def test_the_example_in_two_processes_shares_the_recordings_out(tmp_path, write_
     (tmp_path / "noting.py").write_text(NOTING)
     (tmp_path / "seen").mkdir()
     arguments = ["--tokenizer", "tiny", "--steps", "2", "--batch-size", "1", "--workers", "0", "--seconds", "1"]
-    arguments += ["--hidden-size", "64", "--layers", "1", "--audio", *paths]
+    arguments += ["--hidden-size", "64", "--layers", "1", "--output-dir", str(tmp_path / "trained"), "--audio", *paths]
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
     command += [str(tmp_path / "noting.py"), str(RECIPE), str(tmp_path / "seen"), *arguments]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
@@ -276,6 +358,10 @@ def test_the_example_in_two_processes_shares_the_recordings_out(tmp_path, write_
     assert run.returncode == 0, run.stderr
     first, second = ((tmp_path / "seen" / rank).read_text().split() for rank in "01")
     assert sorted(first + second) == sorted(paths)
+    # Gradients are shared, too: each process has seen others of the recordings, and has the same model.
+    first, second = ((tmp_path / "seen" / f"{rank}.sum").read_text() for rank in "01")
+    assert first == second
+    assert soundfile.info(tmp_path / "trained" / "generated.wav").frames == 24000
 
 
 def test_the_examples_model_sees_nothing_of_later_steps(recipe):

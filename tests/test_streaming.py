@@ -180,6 +180,23 @@ def test_codes_in_chunks_are_those_of_long_decoding(base, monkeypatch, length):
     assert_equal_audio(stream(decoder, codes.split(7)), expected)
 
 
+@pytest.mark.parametrize("of_numpy", [False, True])
+def test_codes_that_wait_are_not_those_that_the_caller_writes_next(base, of_numpy):
+    codes = random_codes(base, 30)
+    expected = stream(StreamingDecoder(base, **CHUNKED["run again"]), [codes])
+    decoder = StreamingDecoder(base, **CHUNKED["run again"])
+    pool = StreamingDecoderPool(base, **CHUNKED["run again"])
+    name, audio, pooled = pool.open(), [], []
+    reused = torch.empty(1, 6, dtype=torch.long)
+    given = reused.numpy() if of_numpy else reused  # of the same memory
+    for frame in codes.split(1):
+        reused.copy_(frame)
+        audio.append(decoder.push(given))
+        pooled.append(pool.push({name: given})[name])
+    assert_equal_audio(torch.cat([*audio, decoder.flush()]), expected)
+    assert_equal_audio(torch.cat([*pooled, pool.flush([name])[name]]), expected)
+
+
 def test_pushes_are_chunks_unless_chunks_have_a_size(base):
     codes = random_codes(base, 120)
     decoder = StreamingDecoder(base, left_context=20, right_context=5)
@@ -280,11 +297,44 @@ def test_a_stream_that_was_reset_is_a_new_one(base, way):
         decoder.reset()
         assert_equal_audio(stream(decoder, codes.split(10)), expected)
     pool = StreamingDecoderPool(base, **options)
-    name = pool.open(num_quantizers=2)
+    name = pool.open()
     pool.push({name: random_codes(base, 30, num_quantizers=2)})
     pool.reset(name)
     pieces = [pool.push({name: chunk})[name] for chunk in codes.split(10)] + [pool.flush([name])[name]]
     assert_equal_audio(torch.cat(pieces), expected)
+
+
+@pytest.mark.parametrize("before", [0, 30])
+def test_a_stream_that_was_reset_is_for_as_many_codebooks_as_it_was_opened_for(base, before):
+    pool = StreamingDecoderPool(base, **CHUNKED["cached"])
+    name = pool.open(num_quantizers=2)
+    decoder = StreamingDecoder(base, num_quantizers=2, **CHUNKED["cached"])
+    codes = random_codes(base, before, num_quantizers=2)
+    pool.push({name: codes})
+    decoder.push(codes)
+    for _ in range(2):
+        pool.reset(name)
+        decoder.reset()
+        for push in (decoder.push, lambda codes: pool.push({name: codes})):
+            with pytest.raises(ValueError, match="are of 3 codebooks; accepted: 2"):
+                push(random_codes(base, 3, num_quantizers=3))
+
+
+def test_nothing_of_a_stream_is_left_after_a_reset(base):
+    """Not even what is not finite, which a mask does not take away."""
+    codes = random_codes(base, 50)
+    expected = stream(StreamingDecoder(base, **CHUNKED["cached"]), [codes])
+    pool = StreamingDecoderPool(base, **CHUNKED["cached"])
+    name = pool.open()
+    pool.push({name: random_codes(base, 30, seed=1)})
+    cache = pool._cache
+    norms = [each for norm in (cache.norm1, cache.norm2) for each in (norm.mean, norm.variance)]
+    for kept in (*cache.layers.tensors(), cache.tails, cache.mels, *norms):
+        with torch.inference_mode():
+            kept.fill_(math.nan)
+        pool.reset(name)
+        assert_equal_audio(torch.cat([pool.push({name: codes})[name], pool.flush([name])[name]]), expected)
+        pool.reset(name)
 
 
 def without_statistics(monkeypatch) -> None:
@@ -315,9 +365,14 @@ def test_caches_are_exact_but_for_the_norms_statistics(base, monkeypatch, turned
     assert_equal_audio(stream(StreamingDecoder(base, **options, vocoder_context=27), codes.split(9)), whole)
     audio = stream(StreamingDecoder(base, **options, vocoder_context=15), codes.split(9))
     assert (audio - whole).abs().max() > 1e-4 * whole.abs().max()
-    # Every frame sees as many before it as it is told to: 3 layers of 20 frames of codes, and the vocoder's.
-    options["left_context"] = 20
-    audio = stream(StreamingDecoder(base, **options), codes.split(9))
+    # Every frame sees as many before it as it is told to, in each of the layers: 30 frames of codes are 60 of theirs.
+    windowed = copy.deepcopy(base)
+    windowed.decoder.windows = [(60, 0)]
+    for layer in windowed.decoder.layers:
+        layer.self_attn.window = (60, 0)
+    (expected,) = decode_codes(windowed, [codes])
+    audio = stream(StreamingDecoder(base, **options | {"left_context": 30}), codes.split(9))
+    assert_equal_audio(audio, expected)
     assert (audio - whole).abs().max() > 1e-2 * whole.abs().max()
 
 
@@ -392,6 +447,62 @@ def test_streams_on_a_gpu_are_those_on_the_cpu(trained, way):
         interleaved = interleave(StreamingDecoderPool(model, **options), chunks, seed, with_last=way != "upstream")
         for audio, expected in zip(interleaved, separate, strict=True):
             torch.testing.assert_close(audio, expected, rtol=0, atol=1e-3 * expected.abs().max().item())
+
+
+@pytest.mark.parametrize("way", ["upstream", *CHUNKED])
+def test_the_first_audio_comes_when_it_is_said_to(base, way):
+    options = CHUNKED.get(way, {"left_context": 20, "right_context": 5})
+    decoder = StreamingDecoder(base, **options)
+    lengths = [len(decoder.push(frame)) for frame in random_codes(base, 40).split(1)]
+    first = next(number for number, length in enumerate(lengths, start=1) if length)
+    assert decoder.first_audio_frames == StreamingDecoderPool(base, **options).first_audio_frames == first
+
+
+def test_what_low_latency_is_told_to_change_changes_what_depends_on_it(base):
+    assert StreamingDecoder(base).first_audio_frames == 41
+    assert StreamingDecoder.low_latency(base).first_audio_frames == 10
+    codes = random_codes(base, 90)
+    for changes, options in (
+        ({"cached": False}, {"right_context": 5, "chunk_frames": 5, "crossfade_samples": 240}),
+        ({"chunk_frames": None}, {"right_context": 5, "crossfade_samples": 240}),
+        ({"right_context": 0}, {"right_context": 0, "chunk_frames": 5, "cached": True, "vocoder_context": 40}),
+        (
+            {"right_context": 60, "left_context": 70},
+            {
+                "left_context": 70,
+                "right_context": 60,
+                "chunk_frames": 5,
+                "crossfade_samples": 240,
+                "cached": True,
+                "vocoder_context": 60,
+            },
+        ),
+        ({"right_context": 300, "cached": False}, {"left_context": 300, "right_context": 300, "chunk_frames": 5}),
+    ):
+        expected = stream(StreamingDecoder(base, **options), codes.split(9))
+        assert_equal_audio(stream(StreamingDecoder.low_latency(base, **changes), codes.split(9)), expected)
+        pool = StreamingDecoderPool.low_latency(base, **changes, capacity=2)
+        assert pool.first_audio_frames == StreamingDecoder(base, **options).first_audio_frames
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"cached": True, "chunk_frames": None}, "cached=True without chunk_frames"),
+        ({"cached": False, "vocoder_context": 9}, "vocoder_context=9 without cached=True"),
+        ({"crossfade_samples": 9, "right_context": 0}, "crossfade_samples=9; accepted: 0 to 0"),
+        ({"left_context": 4}, "left_context=4; accepted: 5 \\(right_context\\) or more"),
+        ({"right_context": "5"}, "right_context='5'; accepted: 0 or more"),
+    ],
+)
+def test_what_low_latency_is_told_is_what_its_errors_are_about(base, changes, message):
+    with pytest.raises(ValueError, match=message):
+        StreamingDecoder.low_latency(base, **changes)
+
+
+def test_the_preset_cannot_be_changed_by_accident():
+    with pytest.raises(TypeError):
+        LOW_LATENCY["right_context"] = 0
 
 
 def test_low_latency_gives_audio_after_ten_frames(trained, speech):
@@ -479,8 +590,18 @@ def test_bad_use_is_an_error_and_leaves_all_streams_as_they_were(base, way):
             pool.push({good: chunk, ended: chunk})
         with pytest.raises(ValueError, match="stream 9 is not open; accepted: 0, 1, 2"):
             pool.push({good: chunk, 9: chunk})
-        with pytest.raises(ValueError, match=r"last names \[1\]"):
-            pool.push({good: chunk}, last=[bad])
+        for last, message in (
+            ([bad], r"last names \[1\]"),
+            (["a", 1], r"last names \['a', 1\]"),
+            (True, r"last=True; accepted: streams, such as \[0\]"),
+            ([[good]], r"last=\[\[0\]\]; accepted: streams"),
+        ):
+            with pytest.raises(ValueError, match=message):
+                pool.push({good: chunk}, last=last)
+        with pytest.raises(ValueError, match="codes is a Tensor; accepted: a mapping"):
+            pool.push(chunk)
+        with pytest.raises(ValueError, match=r"streams=0; accepted: streams, such as \[0\]"):
+            pool.flush(good)
         # Nothing is not an error, whatever its number of codebooks.
         assert len(pool.push({good: codes[:0], bad: codes[:0]})[good]) == 0
         pieces.append(pool.push({good: chunk})[good])
@@ -736,6 +857,17 @@ def test_a_causal_encoder_gives_the_codes_of_the_whole_clip(causal):
         for most in (100, 2000, 200_000):
             assert torch.equal(stream(StreamingEncoder(causal), random_chunks(waveform, most, seed)), expected)
     assert torch.equal(StreamingEncoder(causal, num_quantizers=2).push(waveform, last=True), expected[:, :2])
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_a_causal_encoder_gives_nearly_the_codes_of_the_whole_clip_in_half_precision(dtype):
+    model = load_golden("causal_hybrid_encoder").to(dtype)
+    equal = []
+    for seed in range(4):
+        waveform = noise(100_000, seed)
+        (expected,) = encode_waveforms(model, [waveform])
+        equal.append(stream(StreamingEncoder(model), list(waveform.split(4800))) == expected)
+    assert torch.cat(equal).float().mean() > 0.975
 
 
 @pytest.mark.parametrize("first", [480, 481, 719, 720, 721])

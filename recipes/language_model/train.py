@@ -1,12 +1,14 @@
+# Copyright 2026 The mimo-audio-hf authors. Licensed under the Apache License, Version 2.0.
 """A small causal language model of MiMo-Audio's first 8 codebooks, on accelerate.
 
     accelerate launch recipes/language_model/train.py --audio recordings/*.wav --tokenizer tiny --steps 200
-    accelerate launch recipes/language_model/train.py --codes tokens --tokenizer tiny --steps 200
+    accelerate launch recipes/language_model/train.py --codes tokens --tokenizer tiny --steps 200 --output-dir trained
 
 With --audio, codes are extracted on the fly by the frozen tokenizer, on the device that trains; with --codes they are
 those of a folder that `mimo-audio tokenize` wrote. The model is for showing how: its embeddings of the 8 codebooks add
 up, and a linear layer of its own predicts each. (MiMo-Audio itself joins 4 frames to a patch, with a small transformer
-before and after the large one.)
+before and after the large one.) With --output-dir it is saved after training, and what it generates is decoded
+meanwhile, frame after frame, as a live application would play it.
 """
 
 from __future__ import annotations
@@ -16,21 +18,25 @@ import random
 import statistics
 import time
 from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
+import soundfile
 import torch
 import torch.nn.functional as F
 from accelerate import Accelerator
 from accelerate.utils import set_seed
 from datasets import load_dataset
+from safetensors.torch import save_file
 from torch import nn
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 from transformers import AutoModel, LlamaConfig
 
-from mimo_audio_hf import load_audio, load_model, optimize_for_inference
+from mimo_audio_hf import MiMoAudioTokenizerModel, StreamingDecoder, load_model, optimize_for_inference, save_audio
+from mimo_audio_hf.audio import resample
 from mimo_audio_hf.checkpoints import RELEASED_MODEL, load_config
-from mimo_audio_hf.language_model import IGNORED, AudioCodesCollator
+from mimo_audio_hf.language_model import IGNORED, AudioCodesCollator, undelay_codes
 
 
 class AudioLanguageModel(nn.Module):
@@ -55,9 +61,7 @@ class AudioLanguageModel(nn.Module):
         self, input_ids: torch.Tensor, attention_mask: torch.Tensor, labels: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Loss, and that of each codebook (Q,). Arguments as [`AudioCodesCollator`] makes them."""
-        embedded = self.embedding(input_ids[:, :-1] + self.offsets).sum(2)
-        hidden = self.transformer(inputs_embeds=embedded, attention_mask=attention_mask[:, :-1]).last_hidden_state
-        logits = self.head(hidden).float().split(self.sizes, dim=-1)
+        logits = self.logits(input_ids[:, :-1], attention_mask[:, :-1])
         losses = torch.stack(
             [
                 F.cross_entropy(book.flatten(0, 1), labels[:, 1:, number].flatten(), ignore_index=IGNORED)
@@ -65,6 +69,37 @@ class AudioLanguageModel(nn.Module):
             ]
         )
         return losses.mean(), losses.detach()
+
+    def logits(self, input_ids: torch.Tensor, attention_mask: torch.Tensor | None = None) -> Sequence[torch.Tensor]:
+        """For each codebook what follows on every step: (B, T, size)."""
+        embedded = self.embedding(input_ids + self.offsets).sum(2)
+        hidden = self.transformer(inputs_embeds=embedded, attention_mask=attention_mask).last_hidden_state
+        return self.head(hidden).float().split(self.sizes, dim=-1)
+
+
+@torch.no_grad()
+def generate(model: AudioLanguageModel, delays: Sequence[int], frames: int) -> Iterator[torch.Tensor]:
+    """Sampled codes, frame after frame (1, Q), each as soon as its last codebook is known.
+
+    Runs on all steps every time; a model for more than showing how would keep keys and values.
+    """
+    empty = torch.tensor(model.sizes, device=model.offsets.device) - 1
+    steps = empty[None, None]
+    for step in range(frames + max(delays)):
+        sampled = [torch.multinomial(book[0, -1, :-1].softmax(0), 1) for book in model.logits(steps)]
+        has_code = torch.tensor([delay <= step < delay + frames for delay in delays], device=empty.device)
+        steps = torch.cat([steps, torch.where(has_code, torch.cat(sampled), empty)[None, None]], dim=1)
+        if step >= max(delays):
+            yield undelay_codes(steps[0, -1 - max(delays) :], delays)
+
+
+def speak(
+    path: Path, model: AudioLanguageModel, delays: Sequence[int], tokenizer: MiMoAudioTokenizerModel, frames: int
+) -> None:
+    """Writes to a file what the model generates, decoded meanwhile."""
+    decoder = StreamingDecoder.low_latency(tokenizer)
+    audio = [decoder.push(codes) for codes in generate(model, delays, frames)]
+    save_audio(path, torch.cat([*audio, decoder.flush()]), tokenizer.config.sampling_rate)
 
 
 def transformer_config(hidden_size: int, layers: int) -> LlamaConfig:
@@ -84,16 +119,23 @@ class AudioFiles(Dataset):
 
     def __init__(self, paths: Sequence[str], seconds: float, sampling_rate: int) -> None:
         self.paths = paths
+        self.seconds = seconds
         self.sampling_rate = sampling_rate
-        self.samples = round(seconds * sampling_rate)
 
     def __len__(self) -> int:
         return len(self.paths)
 
     def __getitem__(self, index: int) -> dict[str, Any]:
-        waveform = load_audio(self.paths[index], self.sampling_rate)
-        start = random.randint(0, max(0, len(waveform) - self.samples))
-        return {"audio": waveform[start : start + self.samples]}
+        return {"audio": read_crop(self.paths[index], self.seconds, self.sampling_rate)}
+
+
+def read_crop(path: str, seconds: float, sampling_rate: int) -> torch.Tensor:
+    """Mono samples of a random part of a file, of which no more is read than that, or of all of a shorter one."""
+    with soundfile.SoundFile(path) as file:
+        length, rate = round(seconds * file.samplerate), file.samplerate
+        file.seek(random.randint(0, max(0, file.frames - length)))
+        samples = file.read(length, dtype="float32", always_2d=True)
+    return resample(torch.from_numpy(samples).mean(1), rate, sampling_rate)
 
 
 def crop_codes(examples: Sequence[Mapping[str, Any]], frames: int) -> list[dict[str, Any]]:
@@ -125,11 +167,20 @@ def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--learning-rate", type=float, default=1e-3)
     parser.add_argument("--workers", type=int, default=2)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument(
+        "--output-dir",
+        type=Path,
+        help="a folder for the trained model, and for generated.wav: as many seconds as a crop has that it made up",
+    )
     return parser.parse_args(argv)
 
 
 def train(args: argparse.Namespace) -> dict[str, Any]:
-    """Trains, and returns the losses and the median seconds of a step and of making its batch."""
+    """Trains, and returns the losses and the median seconds of a step and of making its batch.
+
+    Raises:
+        ValueError: something is to be generated, and the tokenizer does not decode.
+    """
     # Without this several processes on CPUs would not know of each other.
     accelerator = Accelerator(mixed_precision="bf16", cpu=not torch.accelerator.is_available())
     set_seed(args.seed, device_specific=True)
@@ -142,6 +193,10 @@ def train(args: argparse.Namespace) -> dict[str, Any]:
     else:
         collator = AudioCodesCollator(load_config(args.tokenizer), args.num_quantizers)
         data = load_dataset(args.codes, split="train").with_format("numpy")
+    if args.output_dir is not None:
+        if not collator.config.has_decoder:
+            raise ValueError(f"--output-dir: {args.tokenizer} holds an encoder only; accepted: a model with a decoder")
+        args.output_dir.mkdir(parents=True, exist_ok=True)
     # Workers read; the batch is made in the loop, where the tokenizer is.
     loader = DataLoader(data, args.batch_size, shuffle=True, num_workers=args.workers, collate_fn=list)
     model = AudioLanguageModel(collator.vocabulary_sizes, transformer_config(args.hidden_size, args.layers))
@@ -172,6 +227,9 @@ def train(args: argparse.Namespace) -> dict[str, Any]:
             batch_seconds.append(made - started)
             bar.update()
             bar.set_postfix_str(f"loss {losses[-1]:.3f}")
+    if args.output_dir is not None and accelerator.is_main_process:
+        save(args, accelerator.unwrap_model(model), collator)
+    accelerator.wait_for_everyone()
     # Before the processes part: what still belongs to them would wait for each other afterwards.
     del loss
     model, optimizer, loader = accelerator.free_memory(model, optimizer, loader)
@@ -185,6 +243,17 @@ def train(args: argparse.Namespace) -> dict[str, Any]:
         "step_seconds": statistics.median(seconds),
         "batch_seconds": statistics.median(batch_seconds),
     }
+
+
+def save(args: argparse.Namespace, model: AudioLanguageModel, collator: AudioCodesCollator) -> None:
+    """Writes the trained model, and what it generates."""
+    model.eval()
+    save_file(model.state_dict(), args.output_dir / "model.safetensors")
+    model.transformer.config.save_pretrained(args.output_dir)
+    tokenizer = collator.model or load_model(args.tokenizer)
+    path = args.output_dir / "generated.wav"
+    speak(path, model, collator.delays, tokenizer, round(args.seconds * collator.config.frame_rate))
+    print(f"generated {path}")
 
 
 def _wait(device: torch.device) -> None:

@@ -140,7 +140,7 @@ class KeyValueCache:
         packed = PackedSequences.from_tensor(rows.index.new_full((len(rows),), frames), len(hidden_states), frames)
         place = (new - rows.origins[:, None]).flatten()
         sequences = PackedSequences(packed.cu_seqlens, frames, place, packed.sequence_ids)
-        layer = 0
+        caches = zip(self._keys, self._values, strict=True)  # the layers attend in order
 
         def make_mask(sequences: PackedSequences, window: Window) -> tuple[torch.Tensor, torch.Tensor]:
             """Slots (streams, frames) of the new frames, and which slots they see (streams, 1, frames, slots)."""
@@ -165,10 +165,8 @@ class KeyValueCache:
             sequences: PackedSequences,
             window: Window,
         ) -> torch.Tensor:
-            nonlocal layer
             slot, mask = attention_mask
-            keys, values = self._keys[layer], self._values[layer]
-            layer += 1  # the layers attend in order
+            keys, values = next(caches)
             for cached, states in ((keys, key), (values, value)):
                 cached[rows.index[:, None], slot] = states.unflatten(0, (len(rows), -1)).to(cached.dtype)
             query = query.unflatten(0, (len(rows), -1)).transpose(1, 2).to(keys.dtype)

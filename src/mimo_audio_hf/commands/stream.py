@@ -4,11 +4,12 @@
 from __future__ import annotations
 
 import argparse
+import math
 import queue
 import signal
 import time
-from collections.abc import Iterator
-from contextlib import ExitStack
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import ExitStack, closing, contextmanager
 from typing import Any
 
 import numpy as np
@@ -16,13 +17,14 @@ import torch
 from tqdm import tqdm
 
 from ..audio import audio_writer, load_audio
-from ..streaming import StreamingDecoder, StreamingEncoder
+from ..streaming import LOW_LATENCY, StreamingDecoder, StreamingEncoder
 from .options import (
     OUTPUT_SUFFIXES,
     Subparsers,
     add_model_options,
     add_num_quantizers,
     count_from_zero,
+    counted,
     load_converter,
     path_argument,
     positive_count,
@@ -40,7 +42,7 @@ def add_stream(subparsers: Subparsers) -> None:
         help="a microphone or a file, live through encoder and decoder",
         description="Encode audio while it is recorded and decode its codes at once, showing the latency. A file is "
         "read at the speed at which it was recorded. Without IN the microphone is recorded until Ctrl-C, for which "
-        "the package sounddevice is needed.",
+        "the package sounddevice is needed. Ctrl-C ends the audio there, of a file, too; a second one drops all.",
     )
     parser.add_argument("input", nargs="?", type=path_argument, metavar="IN", help="audio file (default: microphone)")
     parser.add_argument(
@@ -78,7 +80,12 @@ def run_stream(args: argparse.Namespace) -> None:
     model = load_converter(args, args.num_quantizers, decodes=True)
     config = model.config
     rate, block = config.sampling_rate, BLOCK_FRAMES * config.samples_per_frame
-    chunk = args.encoder_chunk or (BLOCK_FRAMES * 2 if StreamingEncoder.looks_ahead_in(model) else None)
+    most = None if args.seconds is None else _samples(args.seconds, rate)
+    looks_ahead = StreamingEncoder.looks_ahead_in(model)
+    for flag, value in (("--look-ahead", args.look_ahead), ("--encoder-chunk", args.encoder_chunk)):
+        if value is not None and not looks_ahead:
+            raise ValueError(f"{flag} {value}: the encoder of {args.model} does not look ahead; accepted: no {flag}")
+    chunk = args.encoder_chunk or (BLOCK_FRAMES * 2 if looks_ahead else None)
     options = {"right_context": args.look_ahead, "chunk_frames": chunk}
     encoder = StreamingEncoder(model, num_quantizers=args.num_quantizers, **options)
     decoder = StreamingDecoder.low_latency(model)
@@ -86,24 +93,22 @@ def run_stream(args: argparse.Namespace) -> None:
     with ExitStack() as stack:
         # Whatever cannot be opened is known before anything is recorded.
         write = None if args.output is None else stack.enter_context(audio_writer(args.output, rate))
-        speaker = stack.enter_context(_sounddevice().OutputStream(rate, channels=1)) if args.play else None
-        microphone = _Microphone(rate, block) if args.input is None else None
-        waveform = None if args.input is None else load_audio(args.input, rate)
-        # What the first call of a model costs is no one's latency: nothing is recorded yet.
-        decoder.push(encoder.push(torch.zeros(block), last=True))
-        encoder.reset()
-        decoder.reset()
-        if microphone is not None:
-            blocks = stack.enter_context(microphone)
+        speaker = None
+        if args.play:
+            with _device("speaker") as sounddevice:
+                speaker = stack.enter_context(sounddevice.OutputStream(rate, channels=1))
+        source: _File | _Microphone
+        if args.input is None:
+            source = stack.enter_context(closing(_Microphone(rate, block)))
         else:
-            assert waveform is not None
-            blocks = _blocks_of_file(waveform, block, 0.0 if args.no_wait else 1 / rate)
+            source = _File(load_audio(args.input, rate), block, 0.0 if args.no_wait else 1 / rate)
+        _warm_up(encoder, decoder, config.samples_per_frame)
+        stack.enter_context(_at_first_interrupt(source.stop))
         delays: list[float] = []  # how far behind the recording a player would be
-        first_codes = busy = slowest = start = 0.0
+        first_codes = busy = slowest = start = now = 0.0
         received = codes = emitted = 0
-        most = None if args.seconds is None else round(args.seconds * rate)
         with tqdm(bar_format="streamed {n:.1f} s [{elapsed}{postfix}]", disable=None) as bar:
-            for samples, recorded, is_last in _with_last(blocks, most):
+            for samples, recorded, is_last in _with_last(source, most):
                 begun = time.perf_counter()
                 if not received:
                     start = recorded - len(samples) / rate
@@ -112,9 +117,11 @@ def run_stream(args: argparse.Namespace) -> None:
                 ended = time.perf_counter()
                 computed = ended - begun
                 received += len(samples)
-                now = received / rate + computed if args.no_wait else ended - start
+                # Where nothing was waited for: as if it had been, behind what was still being computed then.
+                now = max(now, received / rate) + computed if args.no_wait else ended - start
                 if speaker is not None and len(new_audio):
-                    speaker.write(new_audio.numpy())
+                    with _device("speaker"):
+                        speaker.write(new_audio.numpy())
                 if len(new_codes) and not codes:
                     first_codes = now
                 if len(new_audio):
@@ -133,9 +140,34 @@ def run_stream(args: argparse.Namespace) -> None:
         f"after {delays[0]:.2f} s, at most {max(delays):.2f} s behind; computing took "
         f"{busy * rate / received:.0%} of the time, {1000 * slowest:.0f} ms at most"
     )
+    if source.gaps:
+        print(f"the microphone lost samples {counted(source.gaps, 'time')}: what was streamed has gaps there")
 
 
-def _sounddevice() -> Any:
+def _samples(seconds: float, rate: int) -> int:
+    if not 1 <= seconds * rate < math.inf:
+        raise ValueError(f"--seconds {seconds:g}; accepted: a finite number, {1 / rate:.5f} (one sample) or more")
+    return round(seconds * rate)
+
+
+def _warm_up(encoder: StreamingEncoder, decoder: StreamingDecoder, samples_per_frame: int) -> None:
+    """Runs what the stream will run, on silence: what the first calls of a model cost is no one's latency."""
+    # A first chunk, further ones, and a last one that is not full.
+    frames = decoder.first_audio_frames + 2 * LOW_LATENCY["chunk_frames"] + 1
+    for _ in range(2):  # of sizes that come again graphs are made
+        codes = encoder.push(torch.zeros(frames * samples_per_frame), last=True)
+        decoder.push(codes, last=True)
+        encoder.reset()
+        decoder.reset()
+
+
+@contextmanager
+def _device(name: str) -> Iterator[Any]:
+    """The package sounddevice, to use a device with.
+
+    Raises:
+        ValueError: the package is missing, or the device fails in the block.
+    """
     try:
         import sounddevice
     except (ImportError, OSError) as error:  # OSError: without PortAudio
@@ -143,46 +175,85 @@ def _sounddevice() -> Any:
             f"microphone and speaker need the package sounddevice ({error}); accepted: a file, or after "
             "`pip install sounddevice`"
         ) from error
-    return sounddevice
+    try:
+        yield sounddevice
+    except sounddevice.PortAudioError as error:
+        raise ValueError(f"{name}: {error}; accepted: one that takes one channel at the model's rate") from error
 
 
-def _blocks_of_file(
-    waveform: torch.Tensor, block: int, seconds_per_sample: float
-) -> Iterator[tuple[torch.Tensor, float]]:
-    """Blocks of a file, each when it would have been recorded, and that time."""
-    started = time.perf_counter()
-    received = 0
-    for samples in waveform.split(block):
-        received += len(samples)
-        recorded = started + received * seconds_per_sample
-        time.sleep(max(0.0, recorded - time.perf_counter()))
-        yield samples, recorded
+@contextmanager
+def _at_first_interrupt(stop: Callable[[], None]) -> Iterator[None]:
+    """Has the first Ctrl-C in the block do this, and no more than this; the next ones do what they did before."""
+
+    def handle(*_: object) -> None:
+        signal.signal(signal.SIGINT, before)
+        stop()
+
+    before = signal.signal(signal.SIGINT, handle)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+class _File:
+    """Blocks of a file, each with the time at which it would have been recorded, and not before that."""
+
+    gaps = 0
+
+    def __init__(self, waveform: torch.Tensor, block: int, seconds_per_sample: float) -> None:
+        self._blocks = waveform.split(block)
+        self._seconds_per_sample = seconds_per_sample
+        self._stopped = False
+
+    def __iter__(self) -> Iterator[tuple[torch.Tensor, float]]:
+        started = time.perf_counter()
+        received = 0
+        for samples in self._blocks:
+            received += len(samples)
+            recorded = started + received * self._seconds_per_sample
+            time.sleep(max(0.0, recorded - time.perf_counter()))
+            if self._stopped:
+                return
+            yield samples, recorded
+
+    def stop(self) -> None:
+        self._stopped = True
 
 
 class _Microphone:
-    """Blocks of the microphone's samples, each with the time at which it was complete, until Ctrl-C."""
+    """Blocks of the microphone's samples, each with the time at which it was complete.
+
+    Attributes:
+        gaps (`int`): How often samples were lost, because the system could not hand them on in time.
+    """
 
     def __init__(self, rate: int, block: int) -> None:
-        self._blocks: queue.Queue[tuple[torch.Tensor, float] | None] = queue.Queue()
-        self._stream = _sounddevice().InputStream(rate, blocksize=block, channels=1, callback=self._take)
+        self.gaps = 0
+        # A signal's handler puts into it, which may interrupt a `get`: a queue.Queue would wait for itself.
+        self._blocks: queue.SimpleQueue[tuple[torch.Tensor, float] | None] = queue.SimpleQueue()
+        with _device("microphone") as sounddevice:
+            self._stream = sounddevice.InputStream(rate, blocksize=block, channels=1, callback=self._take)
 
     def _take(self, samples: np.ndarray, frames: int, time_info: Any, status: Any) -> None:
+        self.gaps += bool(status)  # an overflow: nothing else can happen to input alone
         self._blocks.put((torch.from_numpy(samples[:, 0].copy()), time.perf_counter()))
 
-    def __enter__(self) -> Iterator[tuple[torch.Tensor, float]]:
-        # Whatever runs when it comes: what was recorded is still to be given out.
-        self._handler = signal.signal(signal.SIGINT, lambda *_: self._blocks.put(None))
-        self._stream.start()
-        return iter(self._blocks.get, None)
+    def __iter__(self) -> Iterator[tuple[torch.Tensor, float]]:
+        with _device("microphone"):
+            self._stream.start()
+        yield from iter(self._blocks.get, None)
 
-    def __exit__(self, *error: object) -> None:
-        signal.signal(signal.SIGINT, self._handler)
-        self._stream.stop()
+    def stop(self) -> None:
+        """Ends the blocks; those that were recorded are still given out."""
+        self._blocks.put(None)
+
+    def close(self) -> None:
         self._stream.close()
 
 
 def _with_last(
-    blocks: Iterator[tuple[torch.Tensor, float]], most: int | None
+    blocks: Iterable[tuple[torch.Tensor, float]], most: int | None
 ) -> Iterator[tuple[torch.Tensor, float, bool]]:
     """Blocks of at most so many samples, and at the end nothing, as the last one."""
     received, recorded = 0, 0.0

@@ -6,6 +6,7 @@ from __future__ import annotations
 import heapq
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field, replace
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -17,14 +18,30 @@ from .cached_decoder import CachedDecoder, Chunk, group_by
 
 
 # What `StreamingDecoder.low_latency` chooses; docs/streaming.md says from which measurements.
-LOW_LATENCY: Mapping[str, Any] = {
-    "left_context": 250,
-    "right_context": 5,
-    "chunk_frames": 5,
-    "crossfade_samples": 240,
-    "cached": True,
-    "vocoder_context": 40,
-}
+LOW_LATENCY: Mapping[str, Any] = MappingProxyType(
+    {
+        "left_context": 250,
+        "right_context": 5,
+        "chunk_frames": 5,
+        "crossfade_samples": 240,
+        "cached": True,
+        "vocoder_context": 40,
+    }
+)
+
+
+def _low_latency_but_for(changes: Mapping[str, Any]) -> dict[str, Any]:
+    """`LOW_LATENCY` with changes, and with what they leave of the options that depend on them."""
+    options = {**LOW_LATENCY, **changes}
+    right_context = check_count("right_context", options["right_context"], 0)
+    cached = options["cached"] and options["chunk_frames"] is not None
+    dependent = {
+        "left_context": max(LOW_LATENCY["left_context"], right_context),
+        "crossfade_samples": LOW_LATENCY["crossfade_samples"] if right_context else 0,
+        "cached": cached,
+        "vocoder_context": max(LOW_LATENCY["vocoder_context"], right_context) if cached else None,
+    }
+    return {**options, **dependent, **changes}  # what was asked for stays, and is refused where it cannot be
 
 
 @dataclass
@@ -32,7 +49,8 @@ class _Stream:
     """One stream of codes on its way to audio. Frames are those of codes, counted from the stream's beginning."""
 
     row: int  # in the caches
-    num_quantizers: int | None = None
+    opened_for: int | None = None  # codebooks
+    num_quantizers: int | None = None  # of the codes that it has had
     pending: list[torch.Tensor] = field(default_factory=list)  # codes that wait for their chunk to be full
     buffer: torch.Tensor | None = None  # upstream's: codes that the decoder ran on last
     received: int = 0  # frames that the decoder has run on
@@ -114,13 +132,26 @@ class StreamingDecoderPool:
 
     @classmethod
     def low_latency(cls, model: MiMoAudioTokenizerModel, **changes: Any) -> StreamingDecoderPool:
-        """With the options of `LOW_LATENCY`, but for these changes: first audio after 0.4 s of codes."""
-        return cls(model, **{**LOW_LATENCY, **changes})
+        """With the options of `LOW_LATENCY`, but for these changes: first audio after 0.4 s of codes.
+
+        Options that depend on a changed one and are not given themselves follow it: `chunk_frames=None` is not cached;
+        what is not cached has no `vocoder_context`, and what has no `right_context` no crossfade; no context is
+        shorter than `right_context`.
+        """
+        return cls(model, **_low_latency_but_for(changes))
 
     @property
     def streams(self) -> list[int]:
         """The streams that are open."""
         return list(self._streams)
+
+    @property
+    def first_audio_frames(self) -> int:
+        """Frames that a stream gives its first audio after, where it does not end before, and they come one by one."""
+        if self.cached:
+            return self._first_chunk
+        chunk = self.chunk_frames or 1
+        return (self.right_context // chunk + 1) * chunk
 
     def open(self, num_quantizers: int | None = None) -> int:
         """A new stream.
@@ -149,8 +180,9 @@ class StreamingDecoderPool:
         del self._streams[stream]
 
     def reset(self, stream: int) -> None:
-        """Begins a stream anew: as one that was just opened, for any number of codebooks."""
-        self._streams[stream] = _Stream(self._clear(stream).row)
+        """Begins a stream anew: as it was when it was opened, for as many codebooks as then."""
+        cleared = self._clear(stream)
+        self._streams[stream] = _Stream(cleared.row, cleared.opened_for)
 
     def push(
         self, codes: Mapping[int, torch.Tensor | np.ndarray], last: Collection[int] = ()
@@ -168,7 +200,8 @@ class StreamingDecoderPool:
 
         Raises:
             ValueError: a stream that is not open, codes of wrong shape or dtype, out of range, or of another number of
-                codebooks than before, `last` streams that are not in `codes`. The message names the stream.
+                codebooks than before, `last` streams that are not in `codes`. The message names the stream. Codes that
+                are no mapping, `last` that is no collection.
             RuntimeError: a stream that has ended, or that an error has broken off; a model that was moved or cast
                 after a cached pool was made.
 
@@ -176,10 +209,12 @@ class StreamingDecoderPool:
         (out of memory, say) they are, too, unless caches were written to: then the streams that had a part in the
         calls are broken off, and take nothing until they are `reset`.
         """
+        if not isinstance(codes, Mapping):
+            raise ValueError(f"codes is a {type(codes).__name__}; accepted: a mapping of streams to their codes")
         checked = {name: self._check(name, chunk) for name, chunk in codes.items()}
-        ending = set(last)
-        if unknown := ending - set(codes):
-            raise ValueError(f"last names {sorted(unknown)}; accepted: streams that codes are given for")
+        ending = _names("last", last)
+        if unknown := [name for name in ending if name not in checked]:
+            raise ValueError(f"last names {unknown}; accepted: streams that codes are given for")
         if self._cache is not None:
             self._cache.check()
         before = {name: replace(stream, pending=[*stream.pending]) for name, stream in self._streams.items()}
@@ -210,7 +245,7 @@ class StreamingDecoderPool:
 
         After this they take no more codes until they are `reset`.
         """
-        names = list(streams)
+        names = _names("streams", streams)
         return self.push({name: torch.empty(0, 1, dtype=torch.long) for name in names}, last=names)
 
     # --- Inside ---
@@ -236,11 +271,12 @@ class StreamingDecoderPool:
         shape = tuple(getattr(codes, "shape", ()))
         if len(shape) == 2 and shape[0] == 0:
             return torch.empty(0, shape[1], dtype=torch.long)
-        chunk = check_codes(self.model, codes, f"codes of stream {name}").cpu()
-        if stream.num_quantizers not in (None, chunk.shape[1]):
+        # A copy: they may wait, and the caller may write its next ones to the same memory.
+        chunk = check_codes(self.model, codes, f"codes of stream {name}").to("cpu", copy=True)
+        accepted = stream.num_quantizers or stream.opened_for
+        if accepted not in (None, chunk.shape[1]):
             raise ValueError(
-                f"codes of stream {name} are of {chunk.shape[1]} codebooks; "
-                f"accepted: {stream.num_quantizers}, as before"
+                f"codes of stream {name} are of {chunk.shape[1]} codebooks; accepted: {accepted}, as before"
             )
         return chunk
 
@@ -254,9 +290,16 @@ class StreamingDecoderPool:
     def _chunk_of(self, stream: _Stream) -> int | None:
         """How many frames a stream's next chunk has; None: as many as there are."""
         if self.cached and stream.received == 0:
-            # Of as many as are needed for audio: statistics of fewer would stay with their keys and values.
-            return (self.chunk_frames or 0) + self.right_context
+            return self._first_chunk
         return self.chunk_frames
+
+    @property
+    def _first_chunk(self) -> int:
+        """Frames of a cached stream's first chunk.
+
+        As many as are needed for audio: statistics of fewer would stay with their keys and values.
+        """
+        return (self.chunk_frames or 0) + self.right_context
 
     @torch.inference_mode()
     def _run(self, streams: list[_Stream]) -> list[torch.Tensor]:
@@ -341,6 +384,14 @@ class StreamingDecoderPool:
         return audio
 
 
+def _names(argument: str, streams: Iterable[int]) -> dict[int, None]:
+    """The streams that an argument lists, in order, each once."""
+    try:
+        return dict.fromkeys(streams)
+    except TypeError as error:  # no list, or one of what is no name
+        raise ValueError(f"{argument}={streams!r}; accepted: streams, such as [0]") from error
+
+
 class StreamingDecoder:
     """The decoder of one stream of codes, as they are generated.
 
@@ -378,13 +429,17 @@ class StreamingDecoder:
             cached=cached,
             vocoder_context=vocoder_context,
         )
-        self._num_quantizers = num_quantizers
         self._stream = self._pool.open(num_quantizers)
 
     @classmethod
     def low_latency(cls, model: MiMoAudioTokenizerModel, **changes: Any) -> StreamingDecoder:
-        """With the options of `LOW_LATENCY`, but for these changes: first audio after 0.4 s of codes."""
-        return cls(model, **{**LOW_LATENCY, **changes})
+        """With the options of `LOW_LATENCY`, but for these changes: as [`StreamingDecoderPool.low_latency`]."""
+        return cls(model, **_low_latency_but_for(changes))
+
+    @property
+    def first_audio_frames(self) -> int:
+        """Frames that the first audio comes after, where the stream does not end before, and they come one by one."""
+        return self._pool.first_audio_frames
 
     def push(self, codes: torch.Tensor | np.ndarray, last: bool = False) -> torch.Tensor:
         """Takes the next codes and gives out the audio that is known by now.
@@ -409,5 +464,4 @@ class StreamingDecoder:
 
     def reset(self) -> None:
         """Begins anew, whether the stream has ended or not."""
-        self._pool.close(self._stream)
-        self._stream = self._pool.open(self._num_quantizers)
+        self._pool.reset(self._stream)
