@@ -61,6 +61,7 @@ def card_problems(content: str) -> list[str]:
 
     known = {
         "base_model",
+        "datasets",
         "language",
         "library_name",
         "license",
@@ -85,6 +86,7 @@ def card_problems(content: str) -> list[str]:
     require("tags", is_list(lambda tag: isinstance(tag, str) and 0 < len(tag) <= 100), "a list of names")
     require("pipeline_tag", lambda value: value in PIPELINE_TAGS, "a task")
     require("library_name", lambda value: value == "transformers", "a library")
+    require("datasets", is_list(is_id), "a list of owner/name")
     require("base_model", lambda value: is_id(value) or is_list(is_id)(value), "owner/name, or a list of these")
     return problems
 

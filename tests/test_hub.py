@@ -20,7 +20,6 @@ import pytest
 import torch
 from hub_server import card_problems
 from huggingface_hub import ModelCard
-from huggingface_hub.errors import HFValidationError
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoFeatureExtractor, AutoModel, AutoModelForAudioTokenization
 from transformers.dynamic_module_utils import get_imports
@@ -30,9 +29,9 @@ from mimo_audio_hf import (
     MiMoAudioTokenizerConfig,
     MiMoAudioTokenizerFeatureExtractor,
     MiMoAudioTokenizerModel,
-    checkpoints,
     save_audio,
 )
+from mimo_audio_hf.checkpoints import TINY_DIRECTORY
 from mimo_audio_hf.cli import main
 from mimo_audio_hf.commands.hub import add_hub
 from mimo_audio_hf.hub import assemble_hub_repository, overlay_files, push_to_hub
@@ -279,10 +278,23 @@ def test_only_an_empty_output_is_written_to(tiny_checkpoint, tmp_path):
     output.mkdir()
     assert assemble_hub_repository(tiny_checkpoint, output) == output
     before = {path: path.read_bytes() for path in output.iterdir()}
-    with pytest.raises(ValueError, match=f"{output} exists"):
-        assemble_hub_repository(tiny_checkpoint, output)
     with pytest.raises(ValueError, match="README.md exists"):
         assemble_hub_repository(tiny_checkpoint, output / "README.md")
+    with pytest.raises(ValueError, match=f"{output} exists, and is not what .*model.safetensors"):
+        assemble_hub_repository("tiny", output)
+    (output / "modeling_mimo_audio_tokenizer.py").unlink()
+    with pytest.raises(ValueError, match=f"{output} exists; accepted"):
+        assemble_hub_repository(tiny_checkpoint, output)
+    before.pop(output / "modeling_mimo_audio_tokenizer.py")
+    assert {path: path.read_bytes() for path in output.iterdir()} == before
+
+
+def test_what_was_assembled_of_the_same_checkpoint_is_left_as_it_is(tiny_checkpoint, tmp_path, capsys):
+    output = assemble_hub_repository(tiny_checkpoint, tmp_path / "output")
+    (output / "README.md").write_text("---\nlicense: mit\n---\n# My voices\n")
+    before = {path: path.read_bytes() for path in output.iterdir()}
+    assert main(["hub", str(tiny_checkpoint), str(output)]) == 0
+    assert " (left as it was)" in capsys.readouterr().out
     assert {path: path.read_bytes() for path in output.iterdir()} == before
 
 
@@ -329,11 +341,11 @@ def test_card_of_the_released_model():
     assert "{%" not in card.content and "{{ " not in card.content
 
 
-def training_document(stage=2, **config):
-    """As a training run writes it."""
+def training_document(stage=2, train_data="/home/me/voices", **config):
+    """As a training run wrote it before it noted what came from the Hub."""
     from mimo_audio_hf.training.config import TrainingConfig
 
-    options = TrainingConfig(output_dir="run", stage=stage, train_data="/home/me/voices", **config)
+    options = TrainingConfig(output_dir="run", stage=stage, train_data=train_data, **config)
     return {
         "config": dataclasses.asdict(options),
         "processes": 2,
@@ -381,18 +393,68 @@ def test_card_of_a_training_run(tiny_checkpoint, tmp_path):
     assert "its codes are its own" in card.text and "was not validated at this step" in card.text
     assert "| `audio_to_text_weight` | 10.0 |" in card.text and "`adversarial_weight`" not in card.text
     assert "mel_scales" not in card.text
-    (checkpoint / "training.json").write_text('{"step": 1}')
+    (checkpoint / "training.json").write_text('{"config": {"model": "tiny"}}')
     with pytest.raises(ValueError, match="training.json: .*accepted: what a training run writes"):
+        assemble_hub_repository(checkpoint, tmp_path / "damaged")
+    (checkpoint / "training.json").write_text('{"step": 1}')
+    with pytest.raises(ValueError, match="training.json: config.model is missing; accepted: str"):
         assemble_hub_repository(checkpoint, tmp_path / "damaged")
 
 
+@pytest.mark.parametrize(
+    ("from_hub", "expected"),
+    [
+        (["model", "train_data"], {"base_model": "voices/base", "datasets": ["voices/speech"]}),
+        ([], {}),
+        # Noted by no run from before, of which a name cannot tell.
+        (None, {}),
+    ],
+)
+def test_card_names_what_came_from_the_hub(tiny_checkpoint, tmp_path, from_hub, expected):
+    """And not what lay at a relative path that looks like a name on the Hub."""
+    checkpoint = tmp_path / "checkpoint-777"
+    shutil.copytree(tiny_checkpoint, checkpoint)
+    document = training_document(model="voices/base", train_data="voices/speech")
+    if from_hub is not None:
+        document["from_hub"] = from_hub
+    (checkpoint / "training.json").write_text(json.dumps(document))
+    card = ModelCard.load(assemble_hub_repository(checkpoint, tmp_path / "repository") / "README.md")
+    metadata = card.data.to_dict()
+    assert {name: metadata[name] for name in ("base_model", "datasets") if name in metadata} == expected
+    assert ("voices/base" in card.text, "voices/speech" in card.text) == (bool(expected), bool(expected))
+    assert "| train | " in card.text and "speech | 123 |" in card.text
+    assert card_problems(card.content) == []
+
+
 def test_the_licence_goes_along(tmp_path):
-    tiny = Path(checkpoints.__file__).with_name("tiny")
-    repository = assemble_hub_repository(tiny, tmp_path / "repository")
+    repository = assemble_hub_repository("tiny", tmp_path / "repository")
     for name in ("LICENSE", "NOTICE"):
-        assert (repository / name).read_bytes() == (tiny / name).read_bytes()
-    card = ModelCard.load(repository / "README.md")
-    assert card.data.license == "cc-by-sa-4.0" and "The weights are under cc-by-sa-4.0." in card.text
+        assert (repository / name).read_bytes() == (TINY_DIRECTORY / name).read_bytes()
+
+
+def test_a_checkpoints_own_card_is_kept(tmp_path):
+    own = ModelCard.load(TINY_DIRECTORY / "README.md")
+    card = ModelCard.load(assemble_hub_repository("tiny", tmp_path / "repository") / "README.md")
+    assert card.data.to_dict() == own.data.to_dict()
+    assert card.text.strip().startswith(own.text.strip())
+    assert card.text.count("## Use\n") == 1 and "trust_remote_code=True" in card.text
+    # Not twice, where the card says it already; and what it lacks for the Hub is added.
+    checkpoint = tmp_path / "checkpoint"
+    shutil.copytree(TINY_DIRECTORY, checkpoint)
+    text = "# Mine\n\nLoads with `trust_remote_code=True`."
+    (checkpoint / "README.md").write_text(f"---\nlanguage: [de]\ntags: [mine]\n---\n{text}\n")
+    card = ModelCard.load(assemble_hub_repository(checkpoint, tmp_path / "mine") / "README.md")
+    assert card.text.strip() == text
+    assert card.data.language == ["de"] and card.data.tags == ["mine"]
+    assert card.data.pipeline_tag == "audio-to-audio" and card.data.license_name == "see-license-file"
+
+
+def test_card_of_rounded_weights(tmp_path):
+    (tmp_path / "checkpoint").mkdir()
+    for name in ("config.json", "model.safetensors", "training.json", "LICENSE"):
+        shutil.copy(TINY_DIRECTORY / name, tmp_path / "checkpoint")
+    card = ModelCard.load(assemble_hub_repository(tmp_path / "checkpoint", tmp_path / "repository") / "README.md")
+    assert "The weights are under see-license-file: [LICENSE](LICENSE)." in card.text
     assert "rounded to float16" in card.text and "bit for bit" not in card.text
 
 
@@ -465,36 +527,26 @@ def test_the_rules_find_what_is_wrong(metadata, problem):
     assert problem in found
 
 
-def test_push_to_hub(tiny_checkpoint, tmp_path, monkeypatch, capsys):
-    checkpoint = tmp_path / "checkpoint-777"
-    shutil.copytree(tiny_checkpoint, checkpoint)
-    (checkpoint / "training.json").write_text(json.dumps(training_document()))
-    uploaded = {}
+@pytest.mark.parametrize("option", [["--private"], ["--revision", "next"]])
+def test_command_refuses_what_only_a_push_heeds(tiny_checkpoint, tmp_path, capsys, option):
+    assert main(["hub", str(tiny_checkpoint), str(tmp_path / "repository"), *option]) == 1
+    assert f"{option[0]} without --push; accepted: --push OWNER/NAME" in capsys.readouterr().err
+    assert not (tmp_path / "repository").exists()
 
-    class Api:
-        def __init__(self, token=None):
-            self.token = token
 
-        def create_repo(self, repo_id, private, exist_ok):
-            if "/" not in repo_id:
-                raise HFValidationError("no owner")
-            uploaded[repo_id] = {"private": private, "exist_ok": exist_ok}
-            return f"https://hub/{repo_id}"
+def test_command_refuses_a_bad_name_before_it_writes(tiny_checkpoint, tmp_path, capsys):
+    assert main(["hub", str(tiny_checkpoint), str(tmp_path / "repository"), "--push", "mine"]) == 1
+    assert "repo_id='mine'; accepted: owner/name" in capsys.readouterr().err
+    assert not (tmp_path / "repository").exists()
 
-        def create_commit(self, repo_id, operations, commit_message, revision):
-            added = {operation.path_in_repo: Path(operation.path_or_fileobj) for operation in operations}
-            uploaded[repo_id]["files"] = {name: path.read_bytes() for name, path in added.items()}
 
-    monkeypatch.setattr("mimo_audio_hf.hub.HfApi", Api)
-    assert main(["hub", str(checkpoint), str(tmp_path / "repository"), "--push", "me/mine", "--private"]) == 0
-    assert "https://hub/me/mine" in capsys.readouterr().out
-    assert uploaded["me/mine"]["private"] and uploaded["me/mine"]["exist_ok"]
-    files = uploaded["me/mine"]["files"]
-    assert files["model.safetensors"] == (tiny_checkpoint / "model.safetensors").read_bytes()  # upstream's keys
-    assert files.keys() >= {*MODEL_CODE, "config.json", "README.md"}
-    assert b"777 steps of stage 2" in files["README.md"]
-    with pytest.raises(ValueError, match="repo_id='mine': no owner"):
-        push_to_hub(checkpoint, "mine")
+def test_an_assembled_repository_has_its_card_already(tiny_checkpoint, tmp_path):
+    repository = assemble_hub_repository(tiny_checkpoint, tmp_path / "repository")
+    with pytest.raises(ValueError, match="repository is assembled already; accepted: released=False"):
+        push_to_hub(repository, "me/mine", released=True)
+    (repository / "model.safetensors").write_bytes(b"damaged")
+    with pytest.raises(ValueError, match=f"{repository}: .*accepted: weights in model.safetensors"):
+        push_to_hub(repository, "me/mine")
 
 
 def test_hub_card_is_what_is_assembled():

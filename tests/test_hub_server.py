@@ -23,7 +23,7 @@ import mimo_audio_hf
 from mimo_audio_hf import MiMoAudioTokenizerFeatureExtractor
 from mimo_audio_hf.checkpoints import load_model
 from mimo_audio_hf.cli import main
-from mimo_audio_hf.hub import AUTO_CLASSES
+from mimo_audio_hf.hub import AUTO_CLASSES, assemble_hub_repository
 
 
 SOURCES = Path(mimo_audio_hf.__file__).parent.parent
@@ -277,12 +277,40 @@ def test_private_repositories(server, with_package, without_package, voices, tmp
         ("me/refused", OTHER_TOKEN, "don't have the rights"),
         ("me/refused", "hf_unknown", "Invalid credentials"),
         ("me/re/fused", TOKEN, "Repo id must be"),
+        ("refused", TOKEN, "accepted: owner/name"),
     ],
 )
 def test_refusals(server, with_package, voices, name, token, message):
     error, told = with_package.error(pushed(voices, name, token=token))
-    assert error == "ValueError" and message in told and name in told and "\n" not in told
+    assert error == "ValueError" and message in told and f"repo_id={name!r}" in told and "\n" not in told
     assert name not in server.repositories
+
+
+def test_an_edited_card_goes_up(server, with_package, voices, tmp_path):
+    repository = assemble_hub_repository(voices, tmp_path / "repository")
+    card = (repository / "README.md").read_text() + "\nRecorded in a quiet room.\n"
+    (repository / "README.md").write_text(card)
+    (repository / "samples").mkdir()
+    shutil.copy(RECORDING, repository / "samples" / "voice.wav")
+    (repository / ".cache").mkdir()
+    (repository / ".cache" / "notes").write_text("not for the Hub")
+    for _ in range(2):  # again gives the same
+        with_package.run(pushed(repository, "me/edited", token=TOKEN))
+        assert server.content("me/edited", "README.md").decode() == card
+    assert server.content("me/edited", WEIGHTS) == (voices / WEIGHTS).read_bytes()
+    assert server.content("me/edited", "samples/voice.wav") == RECORDING.read_bytes()
+    stored = server.repositories["me/edited"]
+    assert not any(name.startswith(".cache") for name in stored.commits[stored.branches["main"]])
+
+
+def test_a_card_that_the_hub_refuses_leaves_no_repository(server, with_package, voices, tmp_path):
+    repository = assemble_hub_repository(voices, tmp_path / "repository")
+    card = (repository / "README.md").read_text()
+    (repository / "README.md").write_text(card.replace("---\n", "---\nlicense: gratis\n", 1))
+    error, told = with_package.error(pushed(repository, "me/unlicensed", token=TOKEN))
+    assert error == "ValueError" and "\n" not in told
+    assert "repo_id='me/unlicensed': README.md" in told and "\"license\" is 'gratis'" in told
+    assert "me/unlicensed" not in server.repositories
 
 
 def test_an_upload_that_is_interrupted_goes_on(server, with_package, voices):
@@ -347,7 +375,8 @@ def test_the_command_pushes_with_the_stored_token(server, voices, tmp_path):
     refused = subprocess.run(command, env=environment, capture_output=True, text=True)
     assert refused.returncode == 1
     assert refused.stderr.strip().splitlines()[-1].startswith("mimo-audio: error: repo_id='me/command': ")
-    shutil.rmtree(tmp_path / "repository")
+    card = tmp_path / "repository" / "README.md"
+    card.write_text(card.read_text() + "\nThe voices are mine.\n")
     (tmp_path / "home").mkdir(exist_ok=True)
     (tmp_path / "home" / "token").write_text(TOKEN)
     done = subprocess.run(command, env=environment, capture_output=True, text=True)

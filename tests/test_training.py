@@ -827,6 +827,27 @@ def test_options_that_an_older_checkpoint_lacks_had_their_defaults(stage1, clips
         Trainer(TrainingConfig(**values | {"gain_db": 3.0}), clips)
 
 
+def test_what_came_from_the_hub_is_noted(fresh, folder, tmp_path, monkeypatch):
+    """A relative path may look like a name on the Hub, also when it leads nowhere any more."""
+
+    def noted(model: str, data: str, output_dir: str, **changed) -> list[str]:
+        values = {"train_data": data, "validation_data": data, "lr_scheduler_type": "constant", "save_steps": 1}
+        Trainer(TrainingConfig(**options(Path(model), Path(output_dir), **values | changed))).train()
+        return json.loads(Path(output_dir, "training.json").read_text())["from_hub"]
+
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(fresh, "models/fresh")
+    shutil.copytree(folder, "data/voices")
+    assert noted("models/fresh", "data/voices", "run", max_steps=1) == []
+    shutil.rmtree("models")
+    assert noted("models/fresh", "data/voices", "run", max_steps=2, resume=True) == []
+
+    place = "mimo_audio_hf.training.trainer"
+    monkeypatch.setattr(f"{place}.load_model", lambda _, **options: load_model(fresh, **options))
+    monkeypatch.setattr(f"{place}.open_dataset", lambda _, *options: open_dataset(str(folder), *options))
+    assert noted("me/fresh", "me/voices", "hub", max_steps=1) == ["model", "train_data", "validation_data"]
+
+
 def test_damaged_checkpoints_are_named(stage1, clips, tmp_path):
     run(stage1 / "checkpoint-200", tmp_path, clips, clips.select(range(2)), max_steps=1)
     config = TrainingConfig(**options(stage1 / "checkpoint-200", tmp_path, max_steps=1, resume=True))

@@ -46,7 +46,7 @@ PRESETS: dict[str, dict[str, Any]] = {
 }
 
 # The trained one of that size; recipes/tiny made it.
-_TINY = Path(__file__).with_name("tiny")
+TINY_DIRECTORY = Path(__file__).with_name("tiny")
 
 # Where a model lies in a repository: MiMo-V2's language models have theirs in a folder.
 _SUBFOLDERS = ("", "audio_tokenizer")
@@ -100,7 +100,7 @@ def load_model(
         target = _available_device(_default_device() if device is None else device)
         if quantization is not None:
             check_quantization(quantization, target)
-        loaded = _read_checkpoint(_TINY if model == "tiny" else model, weight_dtype, model_class)
+        loaded = _read_checkpoint(TINY_DIRECTORY if model == "tiny" else model, weight_dtype, model_class)
         if model == "tiny":
             loaded.config.name_or_path = "tiny"
         loaded.eval()
@@ -122,7 +122,7 @@ def load_config(model: str | os.PathLike[str] = RELEASED_MODEL) -> MiMoAudioToke
     Raises:
         ValueError: there is no such model, or its configuration is missing, damaged or another model's.
     """
-    name, _ = _place_of(_TINY if model == "tiny" else model)
+    name, _ = _place_of(TINY_DIRECTORY if model == "tiny" else model)
     try:
         return _read_configuration(name, _find_subfolder(name))
     except OSError as error:

@@ -34,7 +34,7 @@ from tqdm import tqdm
 from ..audio import save_audio
 from ..checkpoints import load_model
 from ..files import read_json, replacing
-from ..hub import TRAINING_NAME
+from ..hub import TRAINING_NAME, is_hub_id
 from ..inference import MAX_PIECE_FRAMES, encode_waveforms
 from ..metrics import METRICS, Metric, require_metrics, require_package
 from ..pictures import reconstruction_figure, save_figure
@@ -116,6 +116,8 @@ class Trainer:
             raise ValueError(f"{self.directory} holds no checkpoint to resume from; accepted: resume=False")
         self.accelerator = make_accelerator(config)
         self.device = self.accelerator.device
+        # Options that name something of the Hub: a name alone does not tell, once it is read on another machine.
+        self._from_hub = {"model"} if is_hub_id(config.model) else set()
         if newest is not None:
             self._require_same_run(newest)
         # The same in every process: fresh discriminators and language models have to be.
@@ -196,8 +198,12 @@ class Trainer:
             if config.train_data is None:
                 raise ValueError("train_data is missing; accepted: a directory, a file or a Hub dataset")
             train_dataset = open_dataset(config.train_data, config.train_split, config.audio_column)
+            if is_hub_id(config.train_data):
+                self._from_hub.add("train_data")
         if validation_dataset is None and config.validation_data is not None:
             validation_dataset = open_dataset(config.validation_data, config.validation_split, config.audio_column)
+            if is_hub_id(config.validation_data):
+                self._from_hub.add("validation_data")
         self.directory.mkdir(parents=True, exist_ok=True)
         if not self.accelerator.is_main_process:
             datasets.disable_progress_bars()
@@ -508,6 +514,10 @@ class Trainer:
             if name not in self.config.may_change and value != theirs[name]:
                 had = theirs[name]
                 raise ValueError(f"{name}={value!r}; accepted with resume=True: {had!r}, as {checkpoint} has it")
+        # Where the run started from is not looked for any more: it may have gone since.
+        noted = found.get("from_hub")
+        if isinstance(noted, list):
+            self._from_hub = {"model"} & {*noted}
 
     def _resume(self, checkpoint: Path) -> None:
         found = read_json(checkpoint / TRAINING_NAME, {"data.train.fingerprint": str})
@@ -548,6 +558,7 @@ class Trainer:
 
         return {
             "config": dataclasses.asdict(self.config),
+            "from_hub": sorted(self._from_hub),
             **self._launched(),
             "device": torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else platform.machine(),
             "versions": {
