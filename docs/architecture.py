@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ast
 import sys
+import textwrap
 from collections.abc import Iterable, Mapping
 from html import escape
 from pathlib import Path
@@ -53,7 +54,7 @@ BOXES: dict[str, tuple[str, ...]] = {
 # The package itself, which offers names of many modules, and what imports nothing.
 _NOT_SHOWN = ("", "version")
 
-# Of the modules' names, in the picture's units, rounded up.
+# In the picture's units, rounded up.
 _CHARACTER_WIDTH = 8
 
 Graph = dict[str, set[str]]
@@ -136,8 +137,10 @@ def draw(modules: Graph) -> str:
     y = gap
     for layer in reversed(layers):
         box_width = (width - margin - gap * len(layer)) / len(layer)
-        lines = {box: _lines(box, contents[box], int(box_width - 24) // _CHARACTER_WIDTH) for box in layer}
-        height = max(map(len, lines.values())) * line_height + 58
+        length = int(box_width - 24) // _CHARACTER_WIDTH
+        lines = {box: _wrapped(_names_in(box, contents[box]), length) for box in layer}
+        uses = {box: _wrapped(f"uses {', '.join(_in_order(reduced[box]))}", length) for box in layer if reduced[box]}
+        height = max(len(lines[box]) + len(uses.get(box, [])) for box in layer) * line_height + 41
         for column, box in enumerate(layer):
             x = margin + column * (box_width + gap)
             body.append(f'<rect x="{x:.0f}" y="{y}" width="{box_width:.0f}" height="{height}" rx="6" class="box"/>')
@@ -145,10 +148,9 @@ def draw(modules: Graph) -> str:
             for number, line in enumerate(lines[box]):
                 text_y = y + 42 + number * line_height
                 body.append(f'<text x="{x + 12:.0f}" y="{text_y}" class="modules">{escape(line)}</text>')
-            if reduced[box]:
-                names = ", ".join(name for name in BOXES if name in reduced[box])
-                text_y = y + height - 10
-                body.append(f'<text x="{x + 12:.0f}" y="{text_y}" class="uses">uses {escape(names)}</text>')
+            for number, line in enumerate(reversed(uses.get(box, []))):
+                text_y = y + height - 10 - number * line_height
+                body.append(f'<text x="{x + 12:.0f}" y="{text_y}" class="uses">{escape(line)}</text>')
         y += height + gap
     arrow = f"M 20 {gap} V {y - gap - 8} m -6 -8 l 6 10 l 6 -10"
     style = (
@@ -180,20 +182,23 @@ def _box_of(module: str) -> str:
     raise ValueError(f"{module} has no place in the picture; accepted: a box for it in BOXES of docs/architecture.py")
 
 
-def _lines(box: str, modules: Iterable[str], length: int) -> list[str]:
-    """A box's modules, in its order, in lines; a subpackage's without its name."""
+def _in_order(boxes: set[str]) -> list[str]:
+    return [name for name in BOXES if name in boxes]
+
+
+def _names_in(box: str, modules: Iterable[str]) -> str:
+    """A box's modules, in its order; a subpackage's without its name."""
     subpackages = [name for name in BOXES[box] if name.endswith(".")]
     found = sorted(modules, key=lambda module: (BOXES[box].index(module) if module in BOXES[box] else -1, module))
     names = [name for name in found if f"{name}." not in subpackages]
     for subpackage in subpackages:
         inside = [name.removeprefix(subpackage) for name in names if name.startswith(subpackage)]
         names = [f"{subpackage}{{{', '.join(inside)}}}", *(name for name in names if not name.startswith(subpackage))]
-    lines = [""]
-    for name in ", ".join(names).split(" "):
-        if len(lines[-1]) + len(name) > length:
-            lines.append("")
-        lines[-1] += f" {name}" if lines[-1] else name
-    return lines
+    return ", ".join(names)
+
+
+def _wrapped(text: str, length: int) -> list[str]:
+    return textwrap.wrap(text, length, break_long_words=False, break_on_hyphens=False)
 
 
 if __name__ == "__main__":

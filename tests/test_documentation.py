@@ -11,8 +11,11 @@ from dataclasses import dataclass
 from html.parser import HTMLParser
 from pathlib import Path
 from urllib.parse import unquote, urlparse
+from xml.etree import ElementTree
 
 import pytest
+from matplotlib.font_manager import FontProperties
+from matplotlib.textpath import TextPath
 
 import mimo_audio_hf
 
@@ -113,6 +116,30 @@ def test_the_picture_is_what_is_imported(architecture):
     assert architecture["draw"](modules) == picture, "run `python docs/architecture.py` to draw it anew"
     assert modules["codes"] == {"configuration_mimo_audio_tokenizer", "files"}
     assert "commands.train" in modules["cli"] and "metrics" in modules["training.trainer"]
+
+
+@pytest.mark.parametrize("not_imported", [set(), {"checkpoints"}], ids=["as it is", "four boxes beside each other"])
+def test_every_line_of_the_picture_is_inside_its_box(architecture, not_imported):
+    style = {"title": {"size": 15, "weight": "bold"}, "modules": {"size": 12, "family": "monospace"}}
+    modules = architecture["imports_of_modules"]()
+    picture = ElementTree.fromstring(architecture["draw"](modules | {"hub": modules["hub"] - not_imported}))
+    boxes = [
+        {name: float(each.attrib[name]) for name in ("x", "y", "width", "height")}
+        for each in picture.iter("{http://www.w3.org/2000/svg}rect")
+        if each.get("class") == "box"
+    ]
+    lines = list(picture.iter("{http://www.w3.org/2000/svg}text"))
+    assert len(lines) > 3 * len(boxes)
+    places = set()
+    for line in lines:
+        assert line.text
+        x, y = float(line.attrib["x"]), float(line.attrib["y"])
+        (box,) = (b for b in boxes if b["x"] <= x < b["x"] + b["width"] and b["y"] <= y < b["y"] + b["height"])
+        # Of a font that is wider than most.
+        font = FontProperties(**{"family": "sans-serif", "size": 13} | style.get(line.attrib["class"], {}))
+        assert x + TextPath((0, 0), line.text, prop=font).get_extents().width < box["x"] + box["width"], line.text
+        places.add((x, y))
+    assert len(places) == len(lines)
 
 
 def test_the_model_files_stand_alone(architecture):
