@@ -90,10 +90,11 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
     for source in (*pages, *docs):
         for link in _LINK.findall(_text(source)):
             linked = _linked(source, link[1])
-            if linked is not None and linked not in pages and not linked.startswith("docs/"):
-                path = ROOT / linked
-                if path.is_file() and files.get_file_from_path(f"files/{linked}") is None:
-                    files.append(File.generated(config, _copy_of(linked), abs_src_path=str(path)))
+            if linked is None or linked.startswith("docs/") or (linked in pages and linked != source):
+                continue
+            path = ROOT / linked
+            if path.is_file() and files.get_file_from_path(_copy_of(linked)) is None:
+                files.append(File.generated(config, _copy_of(linked), abs_src_path=str(path)))
     return files
 
 
@@ -106,9 +107,10 @@ def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Fil
         linked = _linked(source, match[2])
         if linked is None or (linked.startswith("docs/") and source.startswith("docs/")):
             return match[0]
-        target = pages.get(linked) or (
-            linked.removeprefix("docs/") if linked.startswith("docs/") else _copy_of(linked)
-        )
+        if linked in pages and linked != source:  # what a notebook links to by its own name is the notebook
+            target = pages[linked]
+        else:
+            target = linked.removeprefix("docs/") if linked.startswith("docs/") else _copy_of(linked)
         anchor = match[2][match[2].find("#") :] if "#" in match[2] else ""
         return match[1] + posixpath.relpath(target, posixpath.dirname(page.file.src_uri) or ".") + anchor + match[3]
 

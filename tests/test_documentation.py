@@ -58,10 +58,11 @@ def site(tmp_path_factory) -> Site:
     folder = tmp_path_factory.mktemp("site")
     # The theme advertises its successor.
     environment = os.environ | {"NO_MKDOCS_2_WARNING": "1", "PYTHONPATH": str(ROOT / "src")}
+    environment |= {"PYTHONWARNINGS": "default::DeprecationWarning:mkdocs.structure.files"}
     command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--site-dir", str(folder)]
     result = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
-    assert "WARNING" not in result.stderr
+    assert "warning" not in result.stderr.lower()
     return Site(folder, {path.relative_to(folder).as_posix(): Document(path) for path in folder.rglob("*.html")})
 
 
@@ -81,6 +82,16 @@ def test_no_dead_links(site):
                 assert unquote(address.fragment) in site.pages[target].anchors, f"{page}: {link}"
             found += 1
     assert found > 1000
+
+
+def test_a_notebooks_page_has_the_notebook(site):
+    notebooks = {path.name for path in (ROOT / "notebooks").glob("*.ipynb")}
+    for name in notebooks:
+        page = f"notebooks/{name.removesuffix('.ipynb')}.html"
+        assert f"../files/notebooks/{name}" in site.pages[page].links
+        copy = site.folder / "files" / "notebooks" / name
+        assert copy.read_bytes() == (ROOT / "notebooks" / name).read_bytes()
+    assert notebooks
 
 
 def test_nothing_is_fetched_from_elsewhere(site):
