@@ -21,6 +21,7 @@ import pytest
 import soundfile
 import torch
 import yaml
+from packaging.requirements import Requirement
 
 from mimo_audio_hf import (
     AudioCodes,
@@ -123,6 +124,28 @@ def test_bad_files(model, tmp_path, kind):
 
 
 @needs_gradio
+@pytest.mark.parametrize("name", ["a" * 250, "ü" * 124])
+def test_a_long_name_is_cut(model, tmp_path, name):
+    from mimo_audio_hf.demo import Demo
+
+    shutil.copy(SPEECH, tmp_path / f"{name}.wav")
+    demo = Demo(model)
+    clip = demo.encode(tmp_path / f"{name}.wav")
+    result = demo.reconstruct(clip, 20)
+    assert result.codes.is_file() and result.codes.name.startswith(name[:50])
+
+
+@needs_gradio
+def test_recordings_are_kept_for_an_hour_at_most(model):
+    """As the Space's page says: files are looked for every so often, and deleted from an age on."""
+    from mimo_audio_hf.demo import Demo, build_page
+
+    page = build_page(Demo(model))
+    assert sum(page.delete_cache) <= 3600
+    assert "for an hour at most" in (SPACE / "README.md").read_text()
+
+
+@needs_gradio
 def test_encoder_only_is_refused(model):
     from mimo_audio_hf.demo import Demo
 
@@ -141,6 +164,31 @@ def test_command_names_a_missing_example(capsys, tmp_path):
     assert f"{tmp_path / 'none.wav'}: No such file" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("port", ["0", "65536", "80000", "-1", "http"])
+def test_command_names_a_bad_port(capsys, port):
+    with pytest.raises(SystemExit) as ended:
+        main(["demo", f"--port={port}"])
+    assert ended.value.code == 2
+    assert f"argument --port: '{port}'; accepted: 1 to 65535" in capsys.readouterr().err
+
+
+@needs_gradio
+def test_command_names_a_port_that_is_taken(capsys):
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        port = server.getsockname()[1]
+        assert main(["demo", "--model", "tiny", "--device", "cpu", "--port", str(port)]) == 1
+    error = capsys.readouterr().err
+    assert f"--host 127.0.0.1 --port {port}: " in error and "accepted: an address of this machine" in error
+    assert error.count("\n") == 1
+
+
+@needs_gradio
+@pytest.mark.parametrize("host", ["256.0.0.1", "[::g]", "a..b"])
+def test_command_names_a_bad_host(capsys, host):
+    assert main(["demo", "--model", "tiny", "--device", "cpu", "--host", host]) == 1
+    assert f"--host {host.strip('[]')}: " in capsys.readouterr().err
+
+
 def test_command_names_a_missing_package(capsys, monkeypatch):
     monkeypatch.delitem(sys.modules, "mimo_audio_hf.demo", raising=False)
     monkeypatch.setitem(sys.modules, "gradio", None)
@@ -156,6 +204,8 @@ def test_metadata_of_the_space():
     colours = {"red", "yellow", "green", "blue", "indigo", "purple", "pink", "gray"}
     assert {metadata["colorFrom"], metadata["colorTo"]} <= colours
     assert len(metadata["short_description"]) <= 60
+    (bound,) = re.findall(r'^demo = \["(gradio[^"]+)"', (ROOT / "pyproject.toml").read_text(), re.MULTILINE)
+    assert Requirement(bound).specifier.contains(metadata["sdk_version"])
     assert re.fullmatch(r"\d+\.\d+\.\d+", metadata["sdk_version"])
     assert (SPACE / "requirements.txt").read_text().split() == ["mimo-audio-hf[demo]"]
     assert len(load_audio(SPACE / "examples" / "speech.flac")) == len(load_audio(SPEECH))
@@ -248,6 +298,14 @@ class Page:
         move = codebooks - int(slider.get_attribute("value"))
         slider.send_keys((Keys.ARROW_RIGHT if move > 0 else Keys.ARROW_LEFT) * abs(move))
 
+    def type_number(self, text: str) -> None:
+        """Into the box beside the slider, in place of what is there."""
+        from selenium.webdriver.common.keys import Keys
+
+        box = self.driver.find_element("css selector", "#codebooks input[type=number]")
+        box.send_keys(Keys.CONTROL, "a")  # which are released at the end of the call
+        box.send_keys(Keys.BACKSPACE, text)
+
     def address_of_decoded(self) -> str | None:
         links = self.driver.find_elements("css selector", "#decoded a[href*='file=']")
         return links[0].get_attribute("href") if links else None
@@ -330,6 +388,16 @@ def test_page_in_a_browser(model, address, page, tmp_path):
     page.choose(20)
     page.wait_for(lambda: "3.65 kbit/s" in page.message and "-20-codebooks" in page.address_of_decoded())
     assert is_heard(page.audio(), decoded_from(model, 20))
+
+    # The box for the number is empty while another is typed, which changes nothing; an error would be in the log.
+    page.type_number("")
+    time.sleep(1)
+    assert "3.65 kbit/s" in page.message and "-20-codebooks" in page.address_of_decoded()
+    page.type_number("1")
+    page.wait_for(lambda: "0.25 kbit/s" in page.message and "-1-codebooks" in page.address_of_decoded())
+    assert is_heard(page.audio(), one)
+    page.choose(20)
+    page.wait_for(lambda: "3.65 kbit/s" in page.message)
 
     # Bad files get a message; what was heard before goes, and a good file works again.
     notes = tmp_path / "notes.wav"

@@ -44,8 +44,11 @@ MAX_SECONDS = 60.0
 MAX_FILE_SIZE = "50mb"
 
 _CODEBOOKS_AT_FIRST = 8
-_FORGET_AFTER = 3600  # seconds until clips and files of earlier visitors are deleted
+# Seconds until clips and files of visitors are deleted, and between two looks for such: together an hour at most.
+_FORGET_AFTER = 3300
+_LOOK_EVERY = 300
 _MAX_VISITORS = 200  # whose clips are kept: 6 MB each, if they are as long as they may be
+_MAX_NAME_BYTES = 100  # of a clip's name, which a file system would not take at any length
 _EMPTY = "Choose a file or record something: what comes back appears here."
 # Of the system, so that none is fetched.
 _FONTS: dict[str, Any] = {"font": ["system-ui", "sans-serif"], "font_mono": ["ui-monospace", "monospace"]}
@@ -61,7 +64,7 @@ class EncodedClip:
     """A visitor's clip.
 
     Attributes:
-        name: of the file, without its extension.
+        name: of the file, without its extension, or the beginning of a long one.
         waveform: (samples,), at the model's sampling rate.
         codes: all codebooks.
         folder: for files made of it; goes when the clip goes.
@@ -121,7 +124,7 @@ class Demo:
         self._require_short(len(waveform) / self.model.config.sampling_rate, path)
         (codes,) = encode_waveforms(self.model, [waveform])
         return EncodedClip(
-            name=path.stem,
+            name=path.stem.encode("utf-8", "ignore")[:_MAX_NAME_BYTES].decode("utf-8", "ignore"),
             waveform=waveform,
             codes=AudioCodes.of_model(self.model.config, codes, num_samples=len(waveform)),
             folder=tempfile.TemporaryDirectory(prefix="mimo-audio-demo-"),
@@ -170,14 +173,17 @@ def build_page(demo: Demo, examples: Sequence[str | os.PathLike[str]] = ()) -> g
     first = min(_CODEBOOKS_AT_FIRST, books)
     paths = [os.fspath(path) for path in examples]
 
-    def shown(clip: EncodedClip | None, num_quantizers: float, message: str = _EMPTY) -> list[Any]:
+    def shown(clip: EncodedClip | None, num_quantizers: float | None, message: str = _EMPTY) -> list[Any]:
+        if num_quantizers is None:
+            return [gr.skip()] * 4
         if clip is None:
             return [None, gr.Plot(visible=False), gr.DownloadButton(value=None, interactive=False), message]
         result = demo.reconstruct(clip, int(num_quantizers))
         download = gr.DownloadButton(value=result.codes, interactive=True)
         return [str(result.audio), gr.Plot(result.figure, visible=True), download, result.summary]
 
-    def encoded(path: str | None, num_quantizers: float) -> list[Any]:
+    def encoded(path: str | None, num_quantizers: float | None) -> list[Any]:
+        num_quantizers = num_quantizers or first
         if path is None:
             return [None, *shown(None, num_quantizers)]
         try:
@@ -188,7 +194,7 @@ def build_page(demo: Demo, examples: Sequence[str | os.PathLike[str]] = ()) -> g
         return [clip, *shown(clip, num_quantizers)]
 
     with gr.Blocks(
-        title="MiMo-Audio tokenizer", analytics_enabled=False, delete_cache=(_FORGET_AFTER, _FORGET_AFTER)
+        title="MiMo-Audio tokenizer", analytics_enabled=False, delete_cache=(_LOOK_EVERY, _FORGET_AFTER)
     ) as page:
         gr.Markdown(
             f"# MiMo-Audio tokenizer\nSpeech to {books} codebooks at {config.frame_rate:g} frames a second, and back. "
@@ -222,6 +228,9 @@ def build_page(demo: Demo, examples: Sequence[str | os.PathLike[str]] = ()) -> g
                 scale=3,
             )
             download = gr.DownloadButton("Download the codes", interactive=False, elem_id="download", scale=1)
+        # Its box is empty while a number is typed there. (Beside a class of our own gradio would write a stub file.)
+        as_number = num_quantizers.preprocess
+        num_quantizers.preprocess = lambda value: None if value is None else as_number(value)  # type: ignore
         message = gr.Markdown(_EMPTY, elem_id="message")
         picture = gr.Plot(show_label=False, format="png", elem_id="picture", visible=False)
 

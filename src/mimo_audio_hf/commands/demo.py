@@ -4,8 +4,9 @@
 from __future__ import annotations
 
 import argparse
+import socket
 
-from .options import Subparsers, add_model_options, load_converter, path_argument, positive_count, positive_number
+from .options import Subparsers, add_model_options, load_converter, path_argument, positive_number
 
 
 def add_demo(subparsers: Subparsers) -> None:
@@ -22,9 +23,7 @@ def add_demo(subparsers: Subparsers) -> None:
         default="127.0.0.1",
         help="address to listen at; 0.0.0.0 lets other machines in (default: %(default)s)",
     )
-    parser.add_argument(
-        "--port", type=positive_count, metavar="P", help="port (default: from 7860 the first free one)"
-    )
+    parser.add_argument("--port", type=_port, metavar="P", help="port (default: from 7860 the first free one)")
     parser.add_argument(
         "--max-seconds",
         type=positive_number,
@@ -38,5 +37,27 @@ def add_demo(subparsers: Subparsers) -> None:
 def run_demo(args: argparse.Namespace) -> None:
     from ..demo import Demo, serve  # which imports gradio
 
+    _require_free(args.host, args.port)
     demo = Demo(load_converter(args, decodes=True), args.max_seconds)
     serve(demo, args.examples, server_name=args.host, server_port=args.port)
+
+
+def _port(text: str) -> int:
+    if not text.isdecimal() or not 1 <= int(text) <= 65535:
+        raise argparse.ArgumentTypeError(f"{text!r}; accepted: 1 to 65535")
+    return int(text)
+
+
+def _require_free(host: str, port: int | None) -> None:
+    """That a server may listen there: gradio says of any host and port that it finds none that is free.
+
+    Raises:
+        ValueError: it may not.
+    """
+    host = host.removeprefix("[").removesuffix("]")
+    try:
+        family = socket.AF_INET6 if ":" in host else socket.AF_INET
+        socket.create_server((host, port or 0), family=family).close()
+    except (OSError, UnicodeError) as error:  # UnicodeError: of names that no host has
+        asked = f"--host {host}" + ("" if port is None else f" --port {port}")
+        raise ValueError(f"{asked}: {error}; accepted: an address of this machine and a port that is free") from error
