@@ -190,6 +190,16 @@ def test_missing_file(tmp_path):
         load_audio(tmp_path / "missing.wav")
 
 
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="there are no named pipes here")
+@pytest.mark.timeout(60)
+def test_what_is_no_regular_file(tmp_path):
+    """A pipe that nobody writes to would be waited for."""
+    os.mkfifo(tmp_path / "speech.wav")
+    for path in (tmp_path / "speech.wav", Path("/dev/null")):
+        with pytest.raises(ValueError, match=f"^{path}: no regular file; accepted: .*WAV"):
+            load_audio(path)
+
+
 def test_directory(tmp_path):
     with pytest.raises(ValueError, match=f"{tmp_path.name}: a directory; accepted: .*WAV"):
         load_audio(tmp_path)

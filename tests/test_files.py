@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import os
+
 import pytest
 
+from mimo_audio_hf import AudioCodes
 from mimo_audio_hf.files import read_json, replacing
+from mimo_audio_hf.sources import open_source
 
 
 def test_json_objects(tmp_path):
@@ -46,3 +50,17 @@ def test_a_file_is_replaced_as_a_whole(tmp_path):
         raise KeyError
     assert file.read_text() == "old"
     assert list(file.parent.iterdir()) == [file]
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="there are no named pipes here")
+@pytest.mark.timeout(60)
+def test_a_pipe_is_not_waited_for(tmp_path):
+    os.mkfifo(tmp_path / "some.json")
+    with pytest.raises(ValueError, match=r"some\.json: no regular file; accepted: a file"):
+        read_json(tmp_path / "some.json")
+    os.mkfifo(tmp_path / "list.jsonl")
+    with pytest.raises(ValueError, match=r"list\.jsonl: no regular file; accepted: a folder"):
+        open_source(str(tmp_path / "list.jsonl"))
+    os.mkfifo(tmp_path / "some.safetensors")
+    with pytest.raises(ValueError, match=r"some\.safetensors: no regular file; accepted: a code file"):
+        AudioCodes.load(tmp_path / "some.safetensors")

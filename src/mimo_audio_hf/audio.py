@@ -25,7 +25,7 @@ import numpy as np
 import soundfile as sf
 import torch
 
-from .files import replacing
+from .files import replacing, require_regular_file
 
 
 class AudioDecoder(Protocol):
@@ -80,7 +80,8 @@ def load_audio(source: AudioSource, sampling_rate: int = 24000) -> torch.Tensor:
         FileNotFoundError: there is no file at that path.
         ValueError: the audio cannot be decoded, has no samples, holds NaN or infinity, or is incomplete. The last
             cannot be told of an MP3 without a Xing header, nor of AU, CAF and W64: these give what there is. Also for
-            rates under 1 kHz or over 1 MHz, and for a ``sampling_rate`` that is no positive integer.
+            rates under 1 kHz or over 1 MHz, for a ``sampling_rate`` that is no positive integer, and for a path that
+            is a directory's, a pipe's or a device's.
         TypeError: ``source`` is none of the above.
     """
     if not isinstance(sampling_rate, numbers.Integral) or sampling_rate <= 0:
@@ -96,8 +97,7 @@ def load_audio(source: AudioSource, sampling_rate: int = 24000) -> torch.Tensor:
         samples = samples.mean(dim=0) if samples.ndim == 2 else samples
     elif isinstance(source, (str, os.PathLike)):
         name = os.fspath(source)
-        if os.path.isdir(name):
-            raise ValueError(f"{name}: a directory; {_ACCEPTED}")
+        require_regular_file(name, _ACCEPTED)
         with open(name, "rb") as file:
             samples, rate = _decode(file, name)
     elif isinstance(source, (bytes, bytearray, memoryview)):

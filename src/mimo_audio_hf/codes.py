@@ -21,7 +21,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 
 from .configuration_mimo_audio_tokenizer import MiMoAudioTokenizerConfig
-from .files import replacing
+from .files import replacing, require_regular_file
 
 
 FORMAT = "mimo_audio_codes"
@@ -191,8 +191,7 @@ def require_writable(path: Path) -> None:
 
 def _read(path: Path) -> tuple[dict[str, str], dict[str, torch.Tensor]]:
     """Metadata and tensors of a file that says it is a code file."""
-    if path.is_dir():
-        raise ValueError(f"{path}: a directory; {_ACCEPTED}")
+    require_regular_file(path, _ACCEPTED)
     try:
         with safe_open(path, framework="pt") as file:
             metadata = file.metadata() or {}

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 import os
+import stat
 import uuid
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -32,6 +33,22 @@ def replacing(path: Path) -> Iterator[Path]:
         temporary.unlink(missing_ok=True)
 
 
+def require_regular_file(path: str | os.PathLike[str], accepted: str) -> None:
+    """Refuse what is read without an end, or waited for: directories, pipes, devices.
+
+    Args:
+        accepted: the end of the message, which says what is.
+
+    Raises:
+        ValueError: it is one of these; the message names it.
+        OSError: it is not there.
+    """
+    mode = os.stat(path).st_mode
+    if not stat.S_ISREG(mode):
+        kind = "a directory" if stat.S_ISDIR(mode) else "no regular file"
+        raise ValueError(f"{os.fspath(path)}: {kind}; {accepted}")
+
+
 def read_json(path: Path, entries: Mapping[str, type] | None = None) -> dict[str, Any]:
     """A JSON object in a file.
 
@@ -42,6 +59,7 @@ def read_json(path: Path, entries: Mapping[str, type] | None = None) -> dict[str
         ValueError: the file is missing, or holds something else; the message names it.
     """
     try:
+        require_regular_file(path, "accepted: a file")
         content = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:
         raise ValueError(f"{path} cannot be read: {error}; accepted: a JSON object") from error

@@ -452,6 +452,8 @@ def open_source(
         raise ValueError(f"{path} has no configurations and splits; accepted with them: a dataset directory, a Hub id")
     if not place.exists():
         raise ValueError(f"{path}: there is no such file or folder; {_SOURCES}")
+    if not place.is_dir() and not place.is_file():
+        raise ValueError(f"{path}: no regular file; {_SOURCES}")
     skipped = None if ignored is None else os.path.realpath(ignored)
     suffix = _suffix_in(path, suffixes, skipped) if place.is_dir() else place.suffix.lower()
     if suffix in _TABLES:
