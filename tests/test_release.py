@@ -84,6 +84,8 @@ def test_the_wheel_has_the_package_and_nothing_else(release):
         "licenses/src/mimo_audio_hf/tiny/NOTICE",
     } == licences
     assert metadata["Version"] == __version__ and metadata["Requires-Python"] == ">=3.10"
+    assert "Typing :: Typed" in metadata.get_all("Classifier")
+    assert all(", https://" in url for url in metadata.get_all("Project-URL"))
     assert "# mimo-audio-hf" in metadata.get_payload()
     assert {"mimo-audio = mimo_audio_hf.cli:main", "mimo_audio_tokenizer = mimo_audio_hf.offline:main"} <= set(
         entry_points.splitlines()
