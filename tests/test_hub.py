@@ -282,6 +282,10 @@ def test_only_an_empty_output_is_written_to(tiny_checkpoint, tmp_path):
         assemble_hub_repository(tiny_checkpoint, output / "README.md")
     with pytest.raises(ValueError, match=f"{output} exists, and is not what .*model.safetensors"):
         assemble_hub_repository("tiny", output)
+    (output / "preprocessor_config.json").unlink()
+    with pytest.raises(ValueError, match=r"is not what is assembled of .* \(preprocessor_config.json\)"):
+        assemble_hub_repository(tiny_checkpoint, output)
+    before.pop(output / "preprocessor_config.json")
     (output / "modeling_mimo_audio_tokenizer.py").unlink()
     with pytest.raises(ValueError, match=f"{output} exists; accepted"):
         assemble_hub_repository(tiny_checkpoint, output)

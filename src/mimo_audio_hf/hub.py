@@ -268,11 +268,14 @@ def _checked_config(checkpoint: Path) -> MiMoAudioTokenizerConfig:
 
 def _require_same(repository: Path, checkpoint: Path, overlay: dict[str, bytes], copied: list[Path]) -> None:
     """That a repository is what is assembled of a checkpoint, whatever was edited of its card."""
-    written = {repository / name: content for name, content in overlay.items() if name != CARD_NAME}
-    different = [path.name for path, content in written.items() if path.read_bytes() != content]
+    different = []
+    for name, content in overlay.items():
+        target = repository / name
+        if name != CARD_NAME and not (target.is_file() and target.read_bytes() == content):
+            different.append(name)
     for source in copied:
         target = repository / source.name
-        if not target.is_file() or not filecmp.cmp(source, target, shallow=False):
+        if not (target.is_file() and filecmp.cmp(source, target, shallow=False)):
             different.append(source.name)
     if different:
         raise ValueError(
