@@ -548,6 +548,8 @@ def test_an_assembled_repository_has_its_card_already(tiny_checkpoint, tmp_path)
     repository = assemble_hub_repository(tiny_checkpoint, tmp_path / "repository")
     with pytest.raises(ValueError, match="repository is assembled already; accepted: released=False"):
         push_to_hub(repository, "me/mine", released=True)
+    with pytest.raises(ValueError, match="repo_id='me/mine': .*offline mode"):  # as tests are
+        push_to_hub(repository, "me/mine")
     (repository / "model.safetensors").write_bytes(b"damaged")
     with pytest.raises(ValueError, match=f"{repository}: .*accepted: weights in model.safetensors"):
         push_to_hub(repository, "me/mine")

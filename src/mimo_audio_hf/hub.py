@@ -300,7 +300,8 @@ def _upload(repository: Path, repo_id: str, private: bool | None, revision: str 
         if revision is not None:
             api.create_branch(repo_id, branch=revision, exist_ok=True)
         api.create_commit(repo_id, operations, commit_message="MiMo-Audio tokenizer", revision=revision)
-    except (HTTPError, ValueError, RuntimeError) as error:  # RuntimeError: of large files
+    # ConnectionError: HF_HUB_OFFLINE is set; RuntimeError: of large files.
+    except (HTTPError, ConnectionError, ValueError, RuntimeError) as error:
         reasons = [str(each) for each in (error, error.__cause__) if each is not None]
         raise ValueError(f"repo_id={repo_id!r}: {' '.join(' '.join(reasons).split())}") from error
     return str(address)
