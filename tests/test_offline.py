@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import signal
 import subprocess
 import sys
@@ -211,6 +212,13 @@ def test_bad_token_files(tmp_path, content):
     path.write_text(content)
     with pytest.raises(ValueError, match="tokens.json"):
         load_tokens(str(path))
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="needs named pipes")
+def test_a_token_file_that_is_a_pipe_is_not_waited_for(tmp_path):
+    os.mkfifo(tmp_path / "tokens.json")
+    with pytest.raises(ValueError, match="tokens.json: no regular file; accepted: a token file"):
+        load_tokens(str(tmp_path / "tokens.json"))
 
 
 def test_a_source_is_never_overwritten(tmp_path, tiny_checkpoint, lines, capfd):

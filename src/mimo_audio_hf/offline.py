@@ -37,7 +37,7 @@ from tqdm import tqdm
 
 from .audio import load_audio, save_audio
 from .checkpoints import load_model
-from .files import replacing
+from .files import replacing, require_regular_file
 from .inference import check_codes, decode_stream, encode_stream
 from .jobs import lost_processes_named
 from .modeling_mimo_audio_tokenizer import MiMoAudioTokenizerModel
@@ -148,6 +148,7 @@ def load_tokens(path: str) -> torch.Tensor:
         FileNotFoundError: there is no such file.
         ValueError: it is no token file; the message names it.
     """
+    require_regular_file(path, "accepted: a token file")
     try:
         tokens = torch.tensor(json.loads(Path(path).read_text(encoding="utf-8"))["quantized_tokens"])
     except (ValueError, KeyError, TypeError, RuntimeError) as error:  # RuntimeError: beyond int64, or too deep
