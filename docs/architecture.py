@@ -25,7 +25,7 @@ BOXES: dict[str, tuple[str, ...]] = {
         "feature_extraction_mimo_audio_tokenizer",
         "modeling_mimo_audio_tokenizer",
     ),
-    "Files, sound, processes": ("files", "audio", "workers"),
+    "Files and processes": ("files", "audio", "workers"),
     "Speed": (
         "input_kernels",
         "attention_kernels",
