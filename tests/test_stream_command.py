@@ -124,9 +124,10 @@ class ThreadedInputStream(InputStream):
 
 @pytest.fixture(autouse=True)
 def interrupts_are_handled_as_before():
-    handler = signal.getsignal(signal.SIGINT)
+    # Python's own, also where the tests run in the background and a shell has them ignored.
+    outside = signal.signal(signal.SIGINT, signal.default_int_handler)
     yield
-    assert signal.getsignal(signal.SIGINT) is handler
+    assert signal.signal(signal.SIGINT, outside) is signal.default_int_handler
 
 
 def test_the_microphone_until_ctrl_c(tmp_path, monkeypatch, capsys):
