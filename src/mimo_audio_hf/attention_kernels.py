@@ -24,14 +24,14 @@ from torch.autograd.function import once_differentiable
 from .modeling_mimo_audio_tokenizer import PackedSequences, Window, torch_varlen_attention_forward
 
 
-# In a narrow window: queries a program, and the most keys, for one tile of scores has to fit into the registers.
+# Queries a program; in a narrow window the most keys, for one tile of scores has to fit into the registers.
 QUERIES = 64
 MAX_KEYS = 256
 HEAD_DIMS = (16, 32, 64)
 GRADIENT_HEAD_DIMS = (16, 32)  # of larger ones the gradients' tiles do not fit into every GPU's shared memory
-ROTATE_BLOCK = 1024
-# In other windows: keys a block, and frames from which a clip is long.
-KEYS, LONG = 64, 768
+ROTATE_BLOCK, ROTATE_ROWS = 1024, 16
+# In other windows: keys a block.
+KEYS = 64
 MAX_CLIPS = 65535  # what a grid has room for
 MAX_PLACE = 2**31  # of a clip's keys, counted in numbers
 
@@ -367,7 +367,7 @@ def _launch_banded_attention(
         KEYS=_keys(*window),
         TURNS=position_embeddings is not None,
         KEEPS=log_sums is not None,
-        num_warps=2 if _keys(*window) <= 128 else 4,
+        num_warps=4,
     )
     return output
 
@@ -410,17 +410,19 @@ def triton_attention_forward(
     return _attend(*arguments)[0]
 
 
-@triton.jit(do_not_specialize=["pairs"])
-def _rotate_kernel(states, cos, sin, pairs, stride, heads: tl.constexpr, half: tl.constexpr, BLOCK: tl.constexpr):
-    pair = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    inside = pair < pairs
-    row = pair // (heads * half)
-    channel = pair % (heads * half)
-    first = row * stride + channel // half * (2 * half) + channel % half
-    angle = row * half + channel % half
+@triton.jit(do_not_specialize=["total"])
+def _rotate_kernel(states, cos, sin, total, stride, half: tl.constexpr, HEADS: tl.constexpr, ROWS: tl.constexpr):
+    """Turns some heads of some rows in place."""
+    rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    inside = (rows < total)[:, None]
+    channel = tl.arange(0, half)[None, :]
+    angle = rows.to(tl.int64)[:, None] * half + channel
     c = tl.load(cos + angle, inside).to(tl.float32)
     s = tl.load(sin + angle, inside).to(tl.float32)
-    _rotate(states, states, first, first + half, c, s, inside)
+    place = rows.to(tl.int64)[:, None] * stride + tl.program_id(1) * (HEADS * 2 * half) + channel
+    for head in tl.static_range(HEADS):
+        first = place + head * (2 * half)
+        _rotate(states, states, first, first + half, c, s, inside)
 
 
 @triton.jit
@@ -593,13 +595,11 @@ def rotary_attention_(
     output = query.new_empty(total, dim)
     cos, sin = position_embeddings
     stride = query.stride(0)
-    pairs = total * dim // 2
-    _rotate_kernel[(triton.cdiv(pairs, ROTATE_BLOCK),)](
-        key, cos, sin, pairs, stride, heads=heads, half=head_dim // 2, BLOCK=ROTATE_BLOCK
+    turned = 2 - heads % 2  # heads a program
+    _rotate_kernel[(triton.cdiv(total, ROTATE_ROWS), heads // turned)](
+        key, cos, sin, total, stride, half=head_dim // 2, HEADS=turned, ROWS=ROTATE_ROWS
     )
-    # As measured on an H100: two groups of warps pay where many blocks of keys follow each other.
-    queries, warps = (128, 8) if window == (-1, -1) and max_seqlen > LONG else (64, 4)
-    _attention_kernel[(heads, triton.cdiv(max_seqlen, queries), len(cu_seqlens) - 1)](
+    _attention_kernel[(heads, triton.cdiv(max_seqlen, QUERIES), len(cu_seqlens) - 1)](
         query,
         key,
         value,
@@ -613,9 +613,9 @@ def rotary_attention_(
         head_dim=head_dim,
         LEFT=window[0],
         RIGHT=window[1],
-        QUERIES=queries,
+        QUERIES=QUERIES,
         KEYS=KEYS,
-        num_warps=warps,
+        num_warps=4,
         num_stages=3,
         maxnreg=128,  # so that a processor holds as many blocks as shared memory has room for
     )

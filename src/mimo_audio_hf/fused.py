@@ -215,6 +215,7 @@ def _launch_add_norm(
     hidden_states = hidden_states.contiguous()
     summed = hidden_states if update is None else torch.empty_like(hidden_states)
     normed = torch.empty_like(hidden_states) if rounded is None else rounded.rows
+    block = triton.next_power_of_2(dim)
     _add_norm_kernel[(total,)](
         hidden_states,
         None if update is None else update.contiguous(),
@@ -230,11 +231,13 @@ def _launch_add_norm(
         eps,
         _largest(rounded),
         dim=dim,
-        BLOCK=triton.next_power_of_2(dim),
+        BLOCK=block,
         HAS_UPDATE=update is not None,
         HAS_BIAS=bias is not None,
         KEEPS=means is not None,
         ROUNDS=rounded is not None,
+        # What a row's warps wait for each other costs more than a row that is long for them.
+        num_warps=min(max(block // 1024, 1), 8) if rounded is None else min(max(block // 2048, 1), 8),
     )
     return summed, normed
 
@@ -335,7 +338,7 @@ def gelu_rounded(states: torch.Tensor, dtype: torch.dtype) -> RoundedRows:
         dim=dim,
         BLOCK=block,
         REST=triton.next_power_of_2(max(dim - block, 1)),
-        num_warps=8,
+        num_warps=4,
     )
     return rounded
 
@@ -445,10 +448,12 @@ def _residual_search_kernel(
     num_quantizers,
     BOOKS: tl.constexpr,
     COLUMNS: tl.constexpr,
+    GROUP: tl.constexpr,
 ):
     """Of a frame, the nearest entry in each codebook to what those before it left over."""
     frame = tl.program_id(0).to(tl.int64)
     books = tl.arange(0, BOOKS)
+    group = tl.arange(0, GROUP)
     rows = tl.zeros([BOOKS], tl.int32)  # of the entries that were chosen, among all
     for book in range(num_quantizers):
         first = tl.load(offsets + book)
@@ -460,8 +465,11 @@ def _residual_search_kernel(
             inside = columns < end
             distance = tl.load(halves + columns, inside, other=float("inf"))
             distance -= tl.load(products + frame * used + columns, inside, other=0.0)
-            before = (books < book)[:, None] & inside[None, :]
-            distance += tl.sum(tl.load(gram + rows[:, None] * entries + columns[None, :], before, other=0.0), axis=0)
+            for other in range(0, book, GROUP):
+                row = tl.sum(tl.where(books[None, :] == other + group[:, None], rows[None, :], 0), axis=1)
+                before = (other + group < book)[:, None] & inside[None, :]
+                products_with = row[:, None] * entries + columns[None, :]
+                distance += tl.sum(tl.load(gram + products_with, before, other=0.0), axis=0)
             lowest, place = tl.min(distance, axis=0, return_indices=True)
             chosen = tl.where(lowest < nearest, start + place, chosen)
             nearest = tl.minimum(lowest, nearest)
@@ -543,6 +551,7 @@ class ResidualSearch:
                 num_quantizers,
                 BOOKS=triton.next_power_of_2(num_quantizers),
                 COLUMNS=128,
+                GROUP=4,
                 num_warps=1,
             )
         return codes
