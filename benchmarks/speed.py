@@ -33,12 +33,12 @@ from workloads import WORKLOADS, Ceiling, floor_flops, mel_lengths, random_model
 
 from mimo_audio_hf import (
     MiMoAudioTokenizerConfig,
-    MiMoAudioTokenizerFeatureExtractor,
     MiMoAudioTokenizerModel,
     optimize_for_inference,
 )
 from mimo_audio_hf.checkpoints import PRESETS
 from mimo_audio_hf.inference import decode_packed, encode_packed
+from mimo_audio_hf.modeling_mimo_audio_tokenizer import PackedBounds
 from mimo_audio_hf.quantization import quantize
 
 
@@ -87,14 +87,14 @@ def measure(
 ) -> dict[str, Any]:
     """Times and floors of one batch; all of its codes, too."""
     config, device = model.config, str(model.device)
-    extractor = MiMoAudioTokenizerFeatureExtractor.from_config(config)
     samples, lengths = noise(config, seconds, device)
     frames = mel_lengths(config, seconds)
+    bounds = PackedBounds.of_levels(torch.tensor([lengths, frames]), device)
     code_lengths = model.encoder.code_lengths(frames)
     encoded = encode_packed(model, samples, lengths)
     codes = encoded if codes is None else codes
     calls = {
-        "front_end": lambda: extractor.packed_log_mel_spectrogram(samples.split(lengths)),
+        "front_end": lambda: model.encoder.log_mel(samples, *bounds),
         "encode": lambda: encode_packed(model, samples, lengths),
         "decode": lambda: decode_packed(model, codes, code_lengths),
     }

@@ -1,4 +1,7 @@
-"""The fused kernels against PyTorch in float64, and the fused layers against the plain ones."""
+"""The fused kernels against PyTorch in float64, and the fused layers against the plain ones.
+
+With TRITON_INTERPRET=1 some of them run without a GPU, too.
+"""
 
 from __future__ import annotations
 
@@ -8,21 +11,20 @@ import pytest
 import torch
 import torch.nn.functional as F
 from golden import load_golden
+from kernel_device import DEVICE, INTERPRETED, needs_gpu, needs_kernels
 
 from mimo_audio_hf import MiMoAudioTokenizerConfig, load_model
 from mimo_audio_hf import modeling_mimo_audio_tokenizer as modeling
 from mimo_audio_hf.quantization import quantize, round_rows
 
 
-pytestmark = [
-    pytest.mark.gpu,
-    pytest.mark.skipif(not torch.cuda.is_available(), reason="these tests need a CUDA GPU"),
-]
+pytestmark = [pytest.mark.gpu, needs_kernels]
 pytest.importorskip("triton")
 from mimo_audio_hf import attention_kernels, fused, product_kernels  # noqa: E402 (which import Triton)
 
 
-DEVICE, DTYPE = "cuda", torch.bfloat16
+DTYPE = torch.float32 if INTERPRETED else torch.bfloat16
+LENGTHS = [1, 7, 130, 64] if INTERPRETED else [1, 7, 130, 64, 128, 300, 1400]
 
 
 def error(actual: torch.Tensor, expected: torch.Tensor) -> float:
@@ -34,6 +36,7 @@ def draw(*shape: int, seed: int = 0) -> torch.Tensor:
     return torch.randn(shape, device=DEVICE, dtype=DTYPE, generator=generator)
 
 
+@needs_gpu
 @pytest.mark.parametrize(("rows", "dim"), [(7, 40), (1100, 256), (1031, 1280)])
 @pytest.mark.parametrize("has_bias", [True, False])
 def test_add_norm(rows, dim, has_bias):
@@ -62,6 +65,7 @@ def test_add_norm(rows, dim, has_bias):
     assert error(normed, F.layer_norm(expected, (dim,), *(tensor.double() for tensor in inputs[2:4]), 1e-5)) < 4e-3
 
 
+@needs_gpu
 @pytest.mark.parametrize("differentiated", [True, False])
 def test_float16_sums_are_limited(differentiated):
     large = torch.full((3, 64), 60000.0, device=DEVICE, dtype=torch.float16, requires_grad=differentiated)
@@ -85,6 +89,7 @@ def test_nan_stays_in_its_row(dtype):
     assert torch.equal(fused.gelu_(hidden.clone()).isnan(), hidden.isnan())
 
 
+@needs_gpu
 def test_inputs_of_other_strides():
     hidden, update, weight, shift = draw(64, 64).t(), draw(64, 64, seed=1), draw(64, seed=2), draw(64, seed=3)
     with torch.no_grad():
@@ -96,6 +101,7 @@ def test_inputs_of_other_strides():
     assert error(fused.bias_gelu(hidden, weight), F.gelu(hidden.double() + weight.double())) < 3e-3
 
 
+@needs_gpu
 @pytest.mark.parametrize(("rows", "dim"), [(5, 40), (700, 300), (1031, 5120)])
 def test_bias_gelu(rows, dim):
     states, bias, gradient = draw(rows, dim), draw(dim, seed=1), draw(rows, dim, seed=2)
@@ -111,6 +117,7 @@ def test_bias_gelu(rows, dim):
     assert error(fused.gelu_(states.clone()), F.gelu(states.double())) < 3e-3
 
 
+@needs_gpu
 def test_gelu_of_all_sizes():
     states = torch.linspace(-8, 8, 4801, device=DEVICE, dtype=torch.float32)[:, None]
     expected = F.gelu(states.double())
@@ -137,7 +144,7 @@ def test_gelu_of_all_sizes():
     ],
 )
 def test_rotary_attention(heads, head_dim, window, apart):
-    sequences = modeling.PackedSequences.from_lengths([1, 7, 130, 64, 128, 300, 1400], DEVICE)
+    sequences = modeling.PackedSequences.from_lengths(LENGTHS, DEVICE)
     dim = heads * head_dim
     states = draw(sequences.total, 3 * dim).split(dim, dim=1)
     if not apart:
@@ -165,7 +172,7 @@ def test_rotary_attention(heads, head_dim, window, apart):
 @pytest.mark.parametrize(("heads", "head_dim", "window"), [(16, 16, (40, 10)), (2, 32, (0, 0)), (3, 64, (128, 64))])
 @torch.no_grad()
 def test_banded_rotary_attention(heads, head_dim, window, apart):
-    sequences = modeling.PackedSequences.from_lengths([1, 7, 130, 64, 128, 300], DEVICE)
+    sequences = modeling.PackedSequences.from_lengths(LENGTHS, DEVICE)
     dim = heads * head_dim
     states = draw(sequences.total, 3 * dim).split(dim, dim=1)
     if not apart:
@@ -180,6 +187,7 @@ def test_banded_rotary_attention(heads, head_dim, window, apart):
     assert error(output, expected.flatten(1)) < 6e-3
 
 
+@needs_gpu
 @torch.no_grad()
 @pytest.mark.parametrize(("rows", "dim"), [(7, 48), (1031, 1280)])
 def test_rows_rounded_to_8_bits(rows, dim):
@@ -201,10 +209,11 @@ def test_rows_rounded_to_8_bits(rows, dim):
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("num_quantizers", [1, 3, 5])
+@pytest.mark.parametrize("num_quantizers", [1, 3, 5, 6, 11])
 def test_residual_search(num_quantizers):
-    books = [draw(size, 128, seed=seed) for seed, size in enumerate((1024, 1024, 128, 100, 3))]
-    features = draw(500, 128, seed=9)
+    sizes = (1024, 1024, 128, 100, 3, 200, 7, 16, 130, 64, 5)
+    books = [draw(size, 128, seed=seed) for seed, size in enumerate(sizes)]
+    features = draw(100 if INTERPRETED else 500, 128, seed=99)
     search = fused.ResidualSearch([book.float() for book in books], DTYPE)
     codes = search.encode(features, num_quantizers)
     residual = features.double()
@@ -218,6 +227,7 @@ def test_residual_search(num_quantizers):
     assert error(search.decode(codes), summed) < 4e-3
 
 
+@needs_gpu
 @torch.no_grad()
 @pytest.mark.parametrize("rows", [1, 200])
 @pytest.mark.parametrize(("depth", "dim"), [(256, 256), (1024, 256), (64, 16)])
@@ -233,6 +243,7 @@ def test_products_with_what_follows(rows, depth, dim):
     assert error(normed, F.layer_norm(expected, (dim,), scale.double(), shift.double(), 1e-5)) < 6e-3
 
 
+@needs_gpu
 @pytest.mark.parametrize(
     ("depth", "dim", "is_row", "taken"),
     [
@@ -247,6 +258,7 @@ def test_which_products_are_taken(depth, dim, is_row, taken):
     assert product_kernels.takes_product(depth, dim, is_row) is taken
 
 
+@needs_gpu
 @torch.no_grad()
 @pytest.mark.parametrize("skip", [None, 2])
 @pytest.mark.parametrize("quantized", [False, True])
@@ -280,6 +292,7 @@ def test_prepared_layers(skip, quantized):
     assert not copied.optimized.is_of(copied) and fused.can_fuse(copied)
 
 
+@needs_gpu
 @pytest.mark.parametrize(
     ("name", "dtype"),
     [("base", DTYPE), ("no_skip_windowed", DTYPE), ("tiny", DTYPE), ("tiny", torch.float16)],

@@ -2,23 +2,17 @@
 
 from __future__ import annotations
 
-import os
 from dataclasses import fields
 
 import pytest
 import torch
+from kernel_device import DEVICE, needs_kernels
 
 from mimo_audio_hf import MiMoAudioTokenizerConfig, MiMoAudioTokenizerFeatureExtractor, MiMoAudioTokenizerModel
 from mimo_audio_hf import modeling_mimo_audio_tokenizer as modeling
 
 
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-pytestmark = [
-    pytest.mark.gpu,
-    pytest.mark.skipif(
-        DEVICE == "cpu" and os.environ.get("TRITON_INTERPRET") != "1", reason="these tests need a CUDA GPU"
-    ),
-]
+pytestmark = [pytest.mark.gpu, needs_kernels]
 pytest.importorskip("triton")
 from mimo_audio_hf import input_kernels  # noqa: E402 (which imports Triton)
 

@@ -6,7 +6,7 @@ They save memory traffic and launches where PyTorch has no kernel of the right s
 - rotary embedding of queries and keys in one pass instead of ten;
 - attention within a narrow window (the vocoder's 40 and 10 frames with heads of 16), where one block of keys holds all
   that a block of queries sees, so that softmax needs no second pass. FlashAttention takes about six times as long;
-- attention of short clips within any window, for inference.
+- attention of each clip to itself within any window, for inference.
 
 The first two have gradients (attention's are of heads up to 32), but no gradients of gradients. One clip's values that
 are not finite do not reach the others' results, but may reach their gradients; the trainer stops at such a loss.

@@ -236,7 +236,7 @@ def _launch_add_norm(
         HAS_BIAS=bias is not None,
         KEEPS=means is not None,
         ROUNDS=rounded is not None,
-        # What a row's warps wait for each other costs more than a row that is long for them.
+        # Warps that share a row wait for each other; that costs more than fewer warps with more columns each.
         num_warps=min(max(block // 1024, 1), 8) if rounded is None else min(max(block // 2048, 1), 8),
     )
     return summed, normed
@@ -468,7 +468,7 @@ def _residual_search_kernel(
             for other in range(0, book, GROUP):
                 row = tl.sum(tl.where(books[None, :] == other + group[:, None], rows[None, :], 0), axis=1)
                 before = (other + group < book)[:, None] & inside[None, :]
-                products_with = row[:, None] * entries + columns[None, :]
+                products_with = row.to(tl.int64)[:, None] * entries + columns[None, :]
                 distance += tl.sum(tl.load(gram + products_with, before, other=0.0), axis=0)
             lowest, place = tl.min(distance, axis=0, return_indices=True)
             chosen = tl.where(lowest < nearest, start + place, chosen)

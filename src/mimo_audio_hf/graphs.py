@@ -32,8 +32,9 @@ from .modeling_mimo_audio_tokenizer import (
 
 logger = logging.get_logger(__name__)
 
-# The most audio in a call that is run as a graph: longer ones keep a GPU busy by themselves.
-MAX_GRAPH_SECONDS = 60.0
+# The most audio in a call that is run as a graph. With more, a large GPU is busy for longer than it takes to be told,
+# and what sizes are rounded up by costs more than a graph saves.
+MAX_GRAPH_SECONDS = 96.0
 # Graphs that are kept, those used last: more than there are sizes of single clips.
 MAX_GRAPHS = 256
 # Totals are rounded up to a quarter of an octave, from this one. Few sizes are soon all recorded, and small calls take

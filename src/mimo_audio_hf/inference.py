@@ -553,10 +553,10 @@ def _gains_from_batches(device: torch.device) -> bool:
 def _to_device(clips: Sequence[torch.Tensor], device: torch.device) -> torch.Tensor:
     """Clips end to end on the device. To a GPU through pinned memory: other copies wait until its work is done."""
     pinned = device.type == "cuda" and not any(clip.is_cuda for clip in clips)
-    if pinned and clips[0].is_pinned() and _lie_end_to_end(clips):
-        whole = clips[0].as_strided((sum(map(len, clips)), *clips[0].shape[1:]), clips[0].stride())
-        return whole.to(device, non_blocking=True)
     shape = (sum(map(len, clips)), *clips[0].shape[1:])
+    if pinned and clips[0].is_pinned() and _lie_end_to_end(clips):
+        whole = clips[0].as_strided((sum(clip.numel() for clip in clips),), (1,))
+        return whole.view(shape).to(device, non_blocking=True)
     packed = torch.empty(shape, dtype=clips[0].dtype, pin_memory=True) if pinned else None
     return torch.cat(list(clips), out=packed).to(device, non_blocking=pinned)
 

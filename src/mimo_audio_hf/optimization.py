@@ -32,7 +32,7 @@ def optimize_for_inference(
     keys and values become one product (in memory; `state_dict` and saved files keep their names), and the codebooks
     are searched in one product and one kernel, which takes 76 MB at the released size; sums, norms, the vocoder's
     narrow products and what surrounds its FFT run in kernels of the package's. With the backends made for packed clips
-    (`"triton_varlen"`, `"torch_varlen"`, `"flash_attention_2"`), calls of up to a minute of audio are run as CUDA
+    (`"triton_varlen"`, `"torch_varlen"`, `"flash_attention_2"`), calls of up to 96 s of audio are run as CUDA
     graphs: `encode` and `decode` on padded tensors, [`encode_waveforms`], [`decode_codes`] and streaming, but for
     causal encoders and for the last chunk of a cached stream of codes. A graph is recorded when a size, rounded up to
     a quarter of an octave, comes the second time, which takes a few tenths of a second. Elsewhere nothing but freezing

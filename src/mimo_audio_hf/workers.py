@@ -11,7 +11,9 @@ import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
+from functools import partial
 from multiprocessing import forkserver
+from types import FrameType
 
 import torch
 
@@ -26,6 +28,31 @@ def give_way(worker: int = 0) -> None:
     """Called in a process that works for the one that runs the model: that goes first where cores are scarce."""
     if hasattr(os, "nice"):
         os.nice(10)
+
+
+@contextmanager
+def interrupted_afterwards() -> Iterator[None]:
+    """Ctrl-C or SIGTERM within the block counts at its end: Python swallows what a handler raises while it forks.
+
+    Processes that begin in the block leave Ctrl-C to the one that began them.
+    """
+    if threading.current_thread() is not threading.main_thread():  # where Python has no signals
+        yield
+        return
+    noted: list[Callable[[], object]] = []
+    handlers: dict[signal.Signals, Callable[[int, FrameType | None], object]] = {}
+    for number in (signal.SIGINT, signal.SIGTERM):
+        handler = signal.getsignal(number)
+        if callable(handler):
+            handlers[number] = handler
+            signal.signal(number, lambda *args, handler=handler: noted.append(partial(handler, *args)))
+    try:
+        yield
+    finally:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+    if noted:
+        noted[0]()
 
 
 @contextmanager
@@ -51,9 +78,10 @@ def worker_pool(
         context.set_forkserver_preload([preload])
         forkserver.ensure_running()
     pool = ProcessPoolExecutor(workers, mp_context=context, initializer=_start, initargs=(initializer,))
-    if method == "fork":
-        pool.submit(int)  # which starts them all
     try:
+        if method == "fork":
+            with interrupted_afterwards():
+                pool.submit(int)  # which starts them all
         yield pool
     finally:
         pool.shutdown(cancel_futures=True)
@@ -66,6 +94,7 @@ def _start(initializer: Callable[[], None] | None) -> None:
     if initializer is not None:
         initializer()
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
     threading.Thread(target=_end_with_parent, daemon=True).start()
 
 
