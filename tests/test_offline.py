@@ -19,7 +19,7 @@ from mimo_audio_hf import decode_codes, encode_waveforms, load_audio, offline
 from mimo_audio_hf.inference import encode_packed
 from mimo_audio_hf.jobs import lost_processes_named
 from mimo_audio_hf.offline import load_tokens, main, save_tokens
-from mimo_audio_hf.workers import interrupted_afterwards, worker_pool
+from mimo_audio_hf.workers import worker_pool
 
 
 @pytest.fixture
@@ -242,22 +242,3 @@ def test_an_interruption_is_said_in_one_line(tmp_path, tiny_checkpoint, lines, c
     monkeypatch.setattr(offline, "encode_stream", interrupt)
     assert main(arguments(tmp_path, tiny_checkpoint, lines, "wav2token")) == 130
     assert capsys.readouterr().err == "mimo_audio_tokenizer: error: interrupted\n"
-
-
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_an_interruption_while_processes_begin_counts_afterwards(number):
-    before = signal.signal(number, signal.default_int_handler)
-    done = []
-    try:
-        with pytest.raises(KeyboardInterrupt), interrupted_afterwards():
-            signal.raise_signal(number)
-            done.append("begun")
-        assert done == ["begun"] and signal.getsignal(number) is signal.default_int_handler
-        with pytest.raises(ValueError, match="of its own"), interrupted_afterwards():
-            raise ValueError("of its own")
-        assert signal.getsignal(number) is signal.default_int_handler
-        signal.signal(number, signal.SIG_IGN)  # as a shell has it for what runs in the background
-        with interrupted_afterwards():
-            signal.raise_signal(number)
-    finally:
-        signal.signal(number, before)

@@ -18,6 +18,9 @@ from types import FrameType
 import torch
 
 
+Handler = Callable[[int, FrameType | None], object]
+
+
 def available_cores() -> int:
     """Cores that this process may use: its share, where a launcher has started several."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
@@ -40,19 +43,31 @@ def interrupted_afterwards() -> Iterator[None]:
         yield
         return
     noted: list[Callable[[], object]] = []
-    handlers: dict[signal.Signals, Callable[[int, FrameType | None], object]] = {}
-    for number in (signal.SIGINT, signal.SIGTERM):
-        handler = signal.getsignal(number)
-        if callable(handler):
-            handlers[number] = handler
-            signal.signal(number, lambda *args, handler=handler: noted.append(partial(handler, *args)))
+    is_over = False
+
+    def noting(handler: Handler) -> Handler:
+        def receive(number: int, frame: FrameType | None) -> None:
+            if is_over:  # a signal came while another's handler was put back, and kept this one's from it
+                handler(number, frame)
+            else:
+                noted.append(partial(handler, number, frame))
+
+        return receive
+
+    handlers: dict[signal.Signals, Handler] = {}
     try:
+        for number in (signal.SIGINT, signal.SIGTERM):
+            handler = signal.getsignal(number)
+            if callable(handler):
+                handlers[number] = handler
+                signal.signal(number, noting(handler))
         yield
     finally:
+        is_over = True
         for number, handler in handlers.items():
             signal.signal(number, handler)
-    if noted:
-        noted[0]()
+        for each in noted:
+            each()
 
 
 @contextmanager

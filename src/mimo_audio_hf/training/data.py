@@ -26,6 +26,7 @@ from torch.utils.data import Dataset as TorchDataset
 from ..audio import AUDIO_SUFFIXES
 from ..dataset import to_codes, to_waveform
 from ..inference import check_codes_of
+from ..workers import interrupted_afterwards
 from .batch import Batch, Collator
 
 
@@ -488,7 +489,9 @@ class BatchReader(TorchDataset["Batch | ValueError"]):
             num_workers=num_workers,
             pin_memory=torch.cuda.is_available(),
         )
-        for batch in loader:
+        with interrupted_afterwards():
+            batches = iter(loader)
+        for batch in batches:
             if isinstance(batch, ValueError):
                 raise batch
             yield batch
