@@ -288,7 +288,14 @@ class Page:
         self.wait_for(click)
 
     def clear(self) -> None:
-        self.click("button[aria-label=Clear]")
+        """As a visitor does who clicks again where a click was lost: while a page draws what came, some are."""
+
+        def is_cleared() -> bool:
+            if not self.message.startswith("Choose a file"):
+                self.driver.find_element("css selector", "#recording button[aria-label=Clear]").click()
+            return self.message.startswith("Choose a file")
+
+        self.wait_for(is_cleared)
 
     def choose(self, codebooks: int) -> None:
         """Move the slider with the keyboard."""
@@ -406,13 +413,11 @@ def test_page_in_a_browser(model, address, page, tmp_path):
     soundfile.write(long, torch.zeros(11 * 24000).numpy(), 24000)
     for path, reason in ((notes, "This did not work. notes.wav:"), (long, "11 s of audio; accepted: up to 10 s")):
         page.clear()
-        page.wait_for(lambda: page.message.startswith("Choose a file"))
         page.upload(path)
         page.wait_for(lambda reason=reason: reason in page.message)
         assert page.address_of_decoded() is None
         assert str(tmp_path) not in page.message
     page.clear()
-    page.wait_for(lambda: page.message.startswith("Choose a file"))
     page.upload(SPEECH)
     page.wait_for(lambda: "3.65 kbit/s" in page.message and page.address_of_decoded())
 

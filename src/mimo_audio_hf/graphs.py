@@ -32,8 +32,8 @@ from .modeling_mimo_audio_tokenizer import (
 
 logger = logging.get_logger(__name__)
 
-# The most audio in a call that is run as a graph. With a slow host and an H200, launching took as long as the work does
-# of some 100 s in encoding and 160 s in decoding; but sizes are rounded up, by 10% on average, and graphs cost memory.
+# The most audio in a call that is run as a graph. With a slow host and an H200, launching took as long as the work of
+# some 100 s in encoding and 160 s in decoding; but sizes are rounded up, by 10% on average, and graphs cost memory.
 MAX_GRAPH_SECONDS = 96.0
 # Graphs that are kept, those used last: more than there are sizes of single clips.
 MAX_GRAPHS = 256
