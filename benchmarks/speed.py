@@ -31,11 +31,7 @@ from typing import Any
 import torch
 from workloads import WORKLOADS, Ceiling, floor_flops, mel_lengths, random_model, report
 
-from mimo_audio_hf import (
-    MiMoAudioTokenizerConfig,
-    MiMoAudioTokenizerModel,
-    optimize_for_inference,
-)
+from mimo_audio_hf import MiMoAudioTokenizerConfig, MiMoAudioTokenizerModel, optimize_for_inference
 from mimo_audio_hf.checkpoints import PRESETS
 from mimo_audio_hf.inference import decode_packed, encode_packed
 from mimo_audio_hf.modeling_mimo_audio_tokenizer import PackedBounds

@@ -7,6 +7,7 @@ import json
 import pytest
 import soundfile
 import torch
+from kernel_device import needs_gpu
 from torch import nn
 
 import mimo_audio_hf.compat as mimo_audio_tokenizer
@@ -82,7 +83,7 @@ def test_quick_start_gives_what_the_model_gives(checkpoint, clips, tmp_path):
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
+@needs_gpu
 def test_quick_start_on_a_gpu(tokenizer, batch):
     tokenizer = tokenizer.bfloat16().cuda()
     mels, mels_lens = (tensor.cuda() for tensor in batch)

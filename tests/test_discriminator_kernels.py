@@ -7,14 +7,12 @@ import copy
 import pytest
 import torch
 import torch.nn.functional as F
+from kernel_device import needs_gpu
 
 from mimo_audio_hf.training import discriminators, losses
 
 
-pytestmark = [
-    pytest.mark.gpu,
-    pytest.mark.skipif(not torch.cuda.is_available(), reason="these tests need a CUDA GPU"),
-]
+pytestmark = [pytest.mark.gpu, needs_gpu]
 pytest.importorskip("triton")
 from mimo_audio_hf.training import discriminator_kernels as kernels  # noqa: E402 (which imports Triton)
 

@@ -11,6 +11,7 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 import torch
 from golden import load_golden
+from kernel_device import needs_gpu
 
 from mimo_audio_hf import (
     MiMoAudioTokenizerFeatureExtractor,
@@ -253,7 +254,7 @@ def test_graphs_need_a_gpu():
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
+@needs_gpu
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_recorded_graphs(dtype):
     plain, other = (

@@ -9,6 +9,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from kernel_device import needs_gpu
 
 from mimo_audio_hf import MiMoAudioTokenizerConfig, MiMoAudioTokenizerFeatureExtractor, MiMoAudioTokenizerModel
 from mimo_audio_hf.checkpoints import PRESETS
@@ -225,7 +226,7 @@ def test_a_batch_is_launched_before_the_one_before_it_is_collected():
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
+@needs_gpu
 def test_batches_on_a_gpu_give_what_the_cpu_gives(tiny_model, monkeypatch):
     """Many batches in flight, copies through pinned memory, and clips in pieces."""
     monkeypatch.setattr("mimo_audio_hf.inference.MAX_PIECE_FRAMES", 250)
@@ -390,7 +391,7 @@ def test_a_number_of_clips_that_is_none(tiny_model, waveforms, max_batch_clips):
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
+@needs_gpu
 @pytest.mark.parametrize("chosen", [slice(0, 3), slice(1, 3), slice(0, 3, 2)])
 def test_what_readers_hand_on_in_pinned_memory_reaches_a_gpu(chosen):
     """Neighbours as they lie, others one by one; also where the memory is given back and used again at once."""

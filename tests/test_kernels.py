@@ -5,15 +5,13 @@ from __future__ import annotations
 import pytest
 import torch
 from golden import expected_clips, load_golden, pad_features
+from kernel_device import needs_gpu
 from transformers.utils import is_flash_attn_2_available
 
 from mimo_audio_hf import modeling_mimo_audio_tokenizer as modeling
 
 
-pytestmark = [
-    pytest.mark.gpu,
-    pytest.mark.skipif(not torch.cuda.is_available(), reason="these tests need a CUDA GPU"),
-]
+pytestmark = [pytest.mark.gpu, needs_gpu]
 pytest.importorskip("triton")
 from mimo_audio_hf import attention_kernels  # noqa: E402 (which imports Triton)
 

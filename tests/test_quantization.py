@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from kernel_device import needs_gpu
 from torch import nn
 
 from mimo_audio_hf import decode_codes, encode_waveforms, load_audio, load_model
@@ -85,7 +86,7 @@ def test_fp8_needs_a_gpu():
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="this test needs a CUDA GPU")
+@needs_gpu
 def test_fp8():
     waveform = load_audio(SPEECH)
     with pytest.raises(ValueError, match="dtype='int8' on cuda:0; accepted: on a CPU"):

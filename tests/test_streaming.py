@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 from golden import GOLDEN, expected_clips, load_golden
+from kernel_device import needs_gpu
 from safetensors.torch import load_file
 
 from mimo_audio_hf import (
@@ -436,7 +437,7 @@ def test_windows_run_in_the_sizes_that_graphs_have(base):
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
+@needs_gpu
 @pytest.mark.parametrize("way", ["upstream", "run again", "cached", "low latency"])
 def test_streams_on_a_gpu_are_those_on_the_cpu(trained, way):
     options = CHUNKED.get(way, {"left_context": 20, "right_context": 5})

@@ -237,7 +237,7 @@ def _launch_add_norm(
         KEEPS=means is not None,
         ROUNDS=rounded is not None,
         # Warps that share a row wait for each other; that costs more than fewer warps with more columns each.
-        num_warps=min(max(block // 1024, 1), 8) if rounded is None else min(max(block // 2048, 1), 8),
+        num_warps=min(max(block // (1024 if rounded is None else 2048), 1), 8),
     )
     return summed, normed
 

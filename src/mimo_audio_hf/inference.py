@@ -555,7 +555,7 @@ def _to_device(clips: Sequence[torch.Tensor], device: torch.device) -> torch.Ten
     pinned = device.type == "cuda" and not any(clip.is_cuda for clip in clips)
     shape = (sum(map(len, clips)), *clips[0].shape[1:])
     if pinned and clips[0].is_pinned() and _lie_end_to_end(clips):
-        whole = clips[0].as_strided((sum(clip.numel() for clip in clips),), (1,))
+        whole = clips[0].as_strided((math.prod(shape),), (1,))
         return whole.view(shape).to(device, non_blocking=True)
     packed = torch.empty(shape, dtype=clips[0].dtype, pin_memory=True) if pinned else None
     return torch.cat(list(clips), out=packed).to(device, non_blocking=pinned)

@@ -44,7 +44,7 @@ from .modeling_mimo_audio_tokenizer import MiMoAudioTokenizerModel
 from .optimization import optimize_for_inference
 from .shards import ShardDirectory, ShardWriter, first_repeated
 from .sources import AUDIO_COLUMNS, Problem, Row, Source, open_source
-from .workers import available_cores, give_way, interrupted_afterwards
+from .workers import available_cores, give_way, started
 
 
 CODES_COLUMNS = ("audio_codes",)
@@ -654,10 +654,8 @@ def _read_ahead(reader: _Reader, units: Iterable[int], num_workers: int, pin_mem
             pin_memory=pin_memory,
             worker_init_fn=give_way,
         )
-        with interrupted_afterwards():
-            chunks = iter(loader)
         try:
-            for chunk in chunks:
+            for chunk in started(loader):
                 if chunk.rest:
                     rests.append(chunk.rest)
                 yield chunk

@@ -39,8 +39,8 @@ def _kernels_run(device: torch.device) -> bool:
             attention_kernels.triton_rotary(states, states, angles, angles)
             attention_kernels.triton_attention_forward(states, states, states, None, 1.0, sequences, widest)
             # What asks most of a GPU.
-            rows, places = (states[0],) * 3, (sequences.cu_seqlens, 1)
-            attention_kernels.rotary_attention_(*rows, (angles, angles), *places, 1, 1.0, (-1, -1))
+            rows = (states[0],) * 3
+            attention_kernels.rotary_attention_(*rows, (angles, angles), sequences.cu_seqlens, 1, 1, 1.0, (-1, -1))
             weight = torch.zeros((product_kernels.MAX_DIM,) * 2, device=device, dtype=torch.bfloat16)
             row, zeros = weight[:1], weight[0]
             product_kernels.product_add_norm_(row.clone(), row, weight, zeros, zeros, zeros, 1e-5, torch.inf)

@@ -14,10 +14,13 @@ from contextlib import contextmanager
 from functools import partial
 from multiprocessing import forkserver
 from types import FrameType
+from typing import TypeVar
 
 import torch
+from torch.utils.data import DataLoader
 
 
+Item = TypeVar("Item")
 Handler = Callable[[int, FrameType | None], object]
 
 
@@ -68,6 +71,12 @@ def interrupted_afterwards() -> Iterator[None]:
             signal.signal(number, handler)
         for each in noted:
             each()
+
+
+def started(loader: DataLoader[Item]) -> Iterator[Item]:
+    """What a loader gives, once its processes have begun, as [`interrupted_afterwards`]."""
+    with interrupted_afterwards():
+        return iter(loader)
 
 
 @contextmanager
