@@ -44,7 +44,7 @@ from .modeling_mimo_audio_tokenizer import MiMoAudioTokenizerModel
 from .optimization import optimize_for_inference
 from .shards import ShardDirectory, ShardWriter, first_repeated
 from .sources import AUDIO_COLUMNS, Problem, Row, Source, open_source
-from .workers import available_cores, give_way, started
+from .workers import available_cores, begun, give_way
 
 
 CODES_COLUMNS = ("audio_codes",)
@@ -655,7 +655,7 @@ def _read_ahead(reader: _Reader, units: Iterable[int], num_workers: int, pin_mem
             worker_init_fn=give_way,
         )
         try:
-            for chunk in started(loader):
+            for chunk in begun(loader):
                 if chunk.rest:
                     rests.append(chunk.rest)
                 yield chunk

@@ -43,7 +43,7 @@ from .jobs import lost_processes_named
 from .modeling_mimo_audio_tokenizer import MiMoAudioTokenizerModel
 from .optimization import optimize_for_inference
 from .quantization import QUANTIZATIONS
-from .workers import available_cores, give_way, started, worker_pool
+from .workers import available_cores, begun, give_way, worker_pool
 
 
 # What a line of the list has to name: what is read and what is written.
@@ -397,7 +397,7 @@ def _batches(
         pin_memory=model.device.type == "cuda",
         worker_init_fn=give_way,
     )
-    return started(loader)
+    return begun(loader)
 
 
 def _pack(clips: list[Clip]) -> tuple[list[Clip], _Packed]:

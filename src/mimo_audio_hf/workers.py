@@ -73,7 +73,7 @@ def interrupted_afterwards() -> Iterator[None]:
             each()
 
 
-def started(loader: DataLoader[Item]) -> Iterator[Item]:
+def begun(loader: DataLoader[Item]) -> Iterator[Item]:
     """What a loader gives, once its processes have begun, as [`interrupted_afterwards`]."""
     with interrupted_afterwards():
         return iter(loader)

@@ -26,7 +26,7 @@ from torch.utils.data import Dataset as TorchDataset
 from ..audio import AUDIO_SUFFIXES
 from ..dataset import to_codes, to_waveform
 from ..inference import check_codes_of
-from ..workers import started
+from ..workers import begun
 from .batch import Batch, Collator
 
 
@@ -489,7 +489,7 @@ class BatchReader(TorchDataset["Batch | ValueError"]):
             num_workers=num_workers,
             pin_memory=torch.cuda.is_available(),
         )
-        for batch in started(loader):
+        for batch in begun(loader):
             if isinstance(batch, ValueError):
                 raise batch
             yield batch
